@@ -1,0 +1,22 @@
+"""Long contexts in a KV cache of fixed size on Apple Silicon: ZeroMerge for mlx-lm."""
+
+from .budget import Budget
+from .cache import UnsupportedModelError, ZeroMergeCache
+from .hook import register
+from .plan import make_prompt_cache, plan
+from .policy import Policy
+from .saved import load_prompt_cache, save_prompt_cache
+
+__version__ = "0.1.0"
+__all__ = [
+    "Budget",
+    "Policy",
+    "UnsupportedModelError",
+    "ZeroMergeCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "plan",
+    "save_prompt_cache",
+]
+
+register()

@@ -1,0 +1,437 @@
+"""ZeroMergeCache: a KV cache of fixed size for one layer, behind mlx-lm's cache protocol."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import create_attention_mask
+
+from . import compress
+from .layout import Layout
+from .policy import Policy
+from .stores import Kept, Recent
+
+FORMAT = 1  # of a saved state
+FACTS = ("table", "left", "live", "staged", "exact", "prompt_begin", "prompt_length", "_scale")
+
+Prefill = Literal["exact", "streaming"]
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention cannot run on this cache; the message names the model and the reason."""
+
+
+class Held(NamedTuple):
+    """Rows of one head: keys [n, D], values [n, Dv], weight [n], score [n], position [n] (-1 if merged)."""
+
+    keys: mx.array
+    values: mx.array
+    weight: mx.array
+    score: mx.array
+    position: mx.array
+
+
+class ZeroMergeCache:
+    """The keys and values of one layer in N rows per head, however many tokens are seen.
+
+    ``update_and_fetch`` takes new keys and values and hands them back; the attention hook
+    (``zm_mlx.hook``) then calls ``attend``, which stores them, attends over all rows, scores the
+    rows and compacts. A model that skips the hook raises at its next update.
+
+    A compaction happens each time ``staging`` tokens have arrived, counted from the first token,
+    never by calls: the state does not depend on how a prompt is cut into chunks. The first
+    compaction that merges anything comes with token ``min(rows)``.
+
+    Args:
+        rows: N, rows per KV head; one number for all heads or one a head.
+        policy: the settings of the method.
+        prefill: "streaming" compacts as tokens arrive; "exact" keeps the prompt whole until
+            ``prompt_length`` tokens were seen (or ``finish_prompt`` is called) and compacts once.
+        prompt_length: tokens of the prompt, where known.
+
+    Raises:
+        ValueError: rows below the smallest number that works, or a bad prefill or prompt_length.
+    """
+
+    def __init__(
+        self,
+        rows: int | Sequence[int],
+        *,
+        policy: Policy | None = None,
+        prefill: Prefill = "streaming",
+        prompt_length: int | None = None,
+    ) -> None:
+        if prefill not in ("exact", "streaming"):
+            raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
+        self.policy = policy or Policy()
+        self.table = rows if isinstance(rows, int) else tuple(int(n) for n in rows)
+        self._layout_of(1 if isinstance(rows, int) else len(rows))
+        self._start()
+        if prefill == "exact":
+            self._begin_exact(prompt_length)
+
+    def _start(self) -> None:
+        self.layout: Layout | None = None
+        self.recent: Recent | None = None
+        self.kept: Kept | None = None
+        self.left = 0  # tokens that left the recent store for the kept one
+        self.live = 0  # filled rows of the recent store
+        self.staged = 0  # tokens since the last compaction
+        self.exact = False
+        self.prompt_begin = 0  # tokens seen before the prompt of an exact prefill
+        self.prompt_length: int | None = None
+        self._queries: mx.array | None = None  # the last W of an exact prefill, which score the prompt
+        self._sinks: mx.array | None = None
+        self._scale = 0.0
+        self._pending: tuple[mx.array, mx.array] | None = None
+
+    def _layout_of(self, heads: int) -> Layout:
+        p = self.policy
+        return Layout.of(self.table, heads, residual=p.residual, proximity=p.proximity, staging=p.staging)
+
+    # ---- prompts
+
+    @property
+    def prefill(self) -> Prefill:
+        """How tokens are taken at the moment."""
+        return "exact" if self.exact else "streaming"
+
+    def begin_prompt(self, length: int) -> None:
+        """Take the next ``length`` tokens as one prompt, kept whole and compacted once at its end.
+
+        Raises:
+            ValueError: length is not positive, or an exact prefill is still under way.
+        """
+        if self.exact:
+            raise ValueError("begin_prompt: the prompt before has not ended; call finish_prompt first")
+        self._begin_exact(length)
+        if self.recent is not None:
+            self._reserve(self.live + length)
+
+    def finish_prompt(self) -> None:
+        """End an exact prefill now: score the prompt by its last queries and compact it once.
+
+        Does nothing while streaming. With no more than N tokens seen nothing is merged.
+        """
+        if not self.exact:
+            return
+        self.exact = False
+        if self.layout is None or self._queries is None:
+            return
+        on_kept, on_recent = compress.score(self._queries, **self._rows(self._scale, self._sinks))
+        self._commit(on_kept, on_recent, self._prompt_seen)
+        self._queries = self._sinks = None
+        seen, whole = self.left + self.live, self.layout.capacity
+        self.staged = (seen - whole) % self.layout.staging if seen <= whole else 0
+        self._compact()
+
+    @property
+    def _prompt_seen(self) -> int:
+        return self.left + self.live - self.prompt_begin
+
+    def _begin_exact(self, length: int | None) -> None:
+        if length is not None and length < 1:
+            raise ValueError(f"prompt_length must be 1 token or more, not {length}")
+        self.exact, self.prompt_begin, self.prompt_length = True, self.offset, length
+
+    # ---- the update, in two halves around the model's own call of attention
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take new keys [B, H, L, D] and values [B, H, L, Dv]; they are returned as they are.
+
+        Raises:
+            UnsupportedModelError: the last update never reached the attention hook.
+            ValueError: shape or dtype differ from what the cache holds.
+        """
+        if self._pending is not None:
+            raise UnsupportedModelError(
+                "the attention of this model does not go through zm_mlx: its last update was never attended. "
+                "Make the cache with zm_mlx.make_prompt_cache(model, ...), which says whether the model can be served"
+            )
+        if self.recent is None:
+            self._allocate(keys, values)
+        else:
+            self._check(keys, values)
+        self._pending = (keys, values)
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of new queries [B, Hq, L, D] over all rows and the new tokens; stores the tokens.
+
+        Called by the hook with the very objects that ``update_and_fetch`` returned. The mask is not
+        used: attention is causal, and the probe of ``zm_mlx.hook`` refuses models that mean more.
+
+        Returns:
+            [B, Hq, L, Dv] in the dtype of the queries.
+
+        Raises:
+            UnsupportedModelError: called twice for one update, or with other keys or values.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise UnsupportedModelError("attention is called more than once for one update of its cache")
+        if keys is not pending[0] or values is not pending[1]:
+            raise UnsupportedModelError("attention does not use the keys and values of its cache as they are")
+        assert self.layout is not None
+        length = keys.shape[2]
+        if queries.shape[2] != length or queries.shape[1] % self.layout.heads:
+            raise UnsupportedModelError(
+                f"queries {queries.shape} do not match the {length} new tokens of {self.layout.heads} KV heads"
+            )
+        queries, keys, values = (self._sorted(x, 1) for x in (queries, keys, values))
+        sinks = None if sinks is None else self._sorted(sinks, 0)
+        outputs = []
+        begin = 0
+        while begin < length:
+            end = min(length, begin + self._room())
+            block = slice(begin, end)
+            self._append(keys[:, :, block], values[:, :, block])
+            outputs.append(self._attend_block(queries[:, :, block], scale, sinks))
+            begin = end
+        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        # Decode evaluates only its token: without this, state it does not depend on piles up as graph.
+        out = mx.depends(out, [x for x in self._arrays() if x is not None])
+        return self._sorted(out, 1, back=True)
+
+    def _room(self) -> int:
+        """Tokens until the next event: the end of an exact prompt, or a full staging region."""
+        assert self.layout is not None
+        if self.exact:
+            return 2**62 if self.prompt_length is None else self.prompt_length - self._prompt_seen
+        return self.layout.staging - self.staged
+
+    def _append(self, keys: mx.array, values: mx.array) -> None:
+        assert self.recent is not None
+        end = self.live + keys.shape[2]
+        if end > self.recent.keys.shape[2]:  # only in an exact prefill of unknown length
+            self._reserve(end + end // 2)
+        self.recent.keys[:, :, self.live : end] = keys
+        self.recent.values[:, :, self.live : end] = values
+        self.live = end
+
+    def _attend_block(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attend, commit the scores, compact where a compaction is due."""
+        assert self.layout is not None
+        if not self.exact:
+            out, on_kept, on_recent = compress.attend(queries, **self._rows(scale, sinks))
+            self._commit(on_kept, on_recent, queries.shape[2])
+            self.staged += queries.shape[2]
+            if self.staged == self.layout.staging:
+                self.staged = 0
+                self._compact()
+            return out
+        out = self._attend_whole(queries, scale, sinks)
+        window, ahead = self.policy.window, self._room()
+        if window is None or self.prompt_length is None or ahead < window:
+            both = [queries] if self._queries is None else [self._queries, queries]
+            last = mx.concatenate(both, axis=2)
+            self._queries = mx.contiguous(last if window is None else last[:, :, -window:])
+            self._scale, self._sinks = scale, sinks
+        if ahead == 0:
+            self.finish_prompt()
+        return out
+
+    def _attend_whole(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attention in an exact prefill: mlx's own, as long as all rows are in the recent store."""
+        assert self.recent is not None
+        if self.left:
+            return compress.attend(queries, **self._rows(scale, sinks))[0]
+        length, live = queries.shape[2], self.live
+        # On the CPU mlx materialises the logits.
+        step = length if mx.default_device() == mx.gpu else compress.block_length(queries, live)
+        outputs = []
+        for begin in range(0, length, step):
+            block = queries[:, :, begin : begin + step]
+            rows = live - length + begin + block.shape[2]
+            keys, values = (x[:, :, :rows] for x in self.recent[:2])
+            mask = "causal" if block.shape[2] > 1 else None
+            outputs.append(
+                mx.fast.scaled_dot_product_attention(block, keys, values, scale=scale, mask=mask, sinks=sinks)
+            )
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+    def _rows(self, scale: float, sinks: mx.array | None) -> dict[str, Any]:
+        """The arguments of ``compress.attend`` and ``compress.score`` besides the queries."""
+        return {
+            "kept": self.kept,
+            "recent": self.recent,
+            "left": self.left,
+            "live": self.live,
+            "layout": self.layout,
+            "policy": self.policy,
+            "scale": scale,
+            "sinks": sinks,
+        }
+
+    def _commit(self, on_kept: mx.array, on_recent: mx.array, queries: int) -> None:
+        """score ← λ^queries · score + mass."""
+        assert self.kept is not None and self.recent is not None
+        fade = self.policy.decay**queries
+        self.kept = self.kept._replace(score=fade * self.kept.score + on_kept)
+        self.recent.score[:, :, : self.live] = fade * self.recent.score[:, :, : self.live] + on_recent
+
+    def _compact(self) -> None:
+        """Leave the newest ``proximity`` (and already staged) rows in the recent store; compress the others."""
+        assert self.layout is not None and self.recent is not None and self.kept is not None
+        leaving = max(0, self.live - self.layout.proximity - self.staged)
+        if leaving:
+            self.kept = compress.compact(
+                self.kept, self.recent, left=self.left, leaving=leaving, layout=self.layout, policy=self.policy
+            )
+        stay = [x[:, :, leaving : self.live] for x in self.recent]
+        self.left, self.live = self.left + leaving, self.live - leaving
+        if self.recent.keys.shape[2] > self.layout.recent:
+            self.recent = Recent.empty(*self._shape(), rows=self.layout.recent)
+        elif not leaving:
+            return
+        for store, rows in zip(self.recent, stay, strict=True):
+            store[:, :, : self.live] = rows
+        self.recent.score[:, :, self.live :] = 0.0
+
+    # ---- arrays
+
+    def _allocate(self, keys: mx.array, values: mx.array) -> None:
+        batch, heads, _, dim = keys.shape
+        self.layout = self._layout_of(heads)
+        # Compactions are aligned so that none merges anything before token ``capacity``.
+        self.staged = -self.layout.capacity % self.layout.staging
+        rows = self.layout.recent
+        if self.exact and self.prompt_length is not None:
+            rows = max(rows, self.prompt_length)
+        shape = (batch, heads, dim, values.shape[-1], keys.dtype)
+        self.recent = Recent.empty(*shape, rows=rows)
+        self.kept = Kept.empty(batch, self.layout, *shape[2:])
+
+    def _reserve(self, rows: int) -> None:
+        """Make room for ``rows`` rows in the recent store."""
+        assert self.recent is not None
+        old, self.recent = self.recent, Recent.empty(*self._shape(), rows=rows)
+        for store, x in zip(self.recent, old, strict=True):
+            store[:, :, : self.live] = x[:, :, : self.live]
+
+    def _shape(self) -> tuple[int, int, int, int, mx.Dtype]:
+        """Batch, KV heads, head dim, value dim, dtype."""
+        assert self.recent is not None
+        keys, values, _ = self.recent
+        return keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        new = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        if new != self._shape():
+            raise ValueError(f"new keys and values {new} (batch, heads, dims, dtype) do not fit {self._shape()}")
+
+    def _sorted(self, x: mx.array, axis: int, back: bool = False) -> mx.array:
+        """Heads from the model's order into storage order, or back."""
+        assert self.layout is not None
+        if self.layout.in_model_order:
+            return x
+        heads = self.layout.heads
+        order = list(self.layout.order)
+        if back:
+            order = sorted(range(heads), key=order.__getitem__)
+        split = x.reshape(*x.shape[:axis], heads, x.shape[axis] // heads, *x.shape[axis + 1 :])
+        return mx.take(split, mx.array(order), axis=axis).reshape(x.shape)
+
+    def _arrays(self) -> list[mx.array | None]:
+        stores = (*self.recent, *self.kept) if self.recent and self.kept else ()
+        return [*stores, self._queries, self._sinks]
+
+    def held(self, head: int, batch: int = 0) -> Held:
+        """The live rows of one KV head (in the model's order): kept rows, then recent ones."""
+        if self.layout is None or self.recent is None or self.kept is None:
+            raise ValueError("the cache is empty")
+        stored = self.layout.order.index(head)
+        begin, end = self.layout.starts[stored : stored + 2]
+        rows = slice(begin, min(end, begin + self.left))
+        k, r = self.kept, [x[batch, stored, : self.live] for x in self.recent]
+        ones = mx.ones((self.live,))
+        position = mx.arange(self.left, self.left + self.live, dtype=mx.int32)
+        pairs = zip(k[:5], (r[0], r[1], ones, r[2], position), strict=True)
+        return Held(*(mx.concatenate([x[batch, rows], y]) for x, y in pairs))
+
+    # ---- mlx-lm's protocol
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen, which is the position of the next token."""
+        return self.left + self.live + (0 if self._pending is None else self._pending[0].shape[2])
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The recent keys (mlx-lm's pipelines assign it to order their communication)."""
+        return None if self.recent is None else self.recent.keys
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        assert self.recent is not None
+        self.recent = self.recent._replace(keys=keys)
+
+    @property
+    def state(self) -> list[mx.array | str | None]:
+        """All arrays, and everything else as one JSON string."""
+        facts = {name: getattr(self, name) for name in FACTS}
+        return [*self._arrays(), json.dumps({"format": FORMAT, **facts, "policy": self.policy.as_dict()})]
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        *arrays, text = state
+        facts = json.loads(text)
+        if facts.pop("format") != FORMAT:
+            raise ValueError("the cache was saved by another version of zm_mlx")
+        self.policy = Policy(**facts.pop("policy"))
+        self._start()
+        for name in FACTS:
+            setattr(self, name, facts[name])
+        self.table = self.table if isinstance(self.table, int) else tuple(self.table)
+        *stores, self._queries, self._sinks = arrays
+        if stores:
+            self.recent, self.kept = Recent(*stores[:3]), Kept(*stores[3:])
+            self.layout = self._layout_of(self.recent.keys.shape[1])
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> "ZeroMergeCache":
+        """A cache with this state (how mlx-lm's ``load_prompt_cache`` makes one)."""
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in self._arrays() if x is not None)
+
+    def size(self) -> int:
+        """Filled rows of the fullest head."""
+        return self.live + (min(self.left, max(g.rows for g in self.layout.groups)) if self.layout else 0)
+
+    def empty(self) -> bool:
+        return self.recent is None
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """A causal mask over the new tokens alone; the hook needs none."""
+        return create_attention_mask(length, 0, return_array, window_size)
+
+    def is_trimmable(self) -> bool:
+        """Never: what was merged cannot be taken back."""
+        return False
+
+    def trim(self, n: int) -> int:
+        """Trims nothing, and says so by returning 0."""
+        return 0
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Refuses: --kv-bits would silently replace this cache.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("--kv-bits does not work with a ZeroMerge cache: leave it out, or use the full cache")

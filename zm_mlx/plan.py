@@ -1,0 +1,185 @@
+"""What a request gets: rows per layer, the way its prompt is taken, and why; then the caches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
+
+from .budget import Budget, LayerShape, layout, resolve
+from .cache import Prefill, ZeroMergeCache
+from .hook import probe, replace_caches
+from .layout import Layout
+from .memory import free_bytes
+from .policy import Policy
+
+HeadRows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resolved settings for one model and one request; ``caches(model)`` makes what it describes."""
+
+    layouts: tuple[Layout, ...]
+    shapes: tuple[LayerShape, ...]
+    policy: Policy
+    prefill: Prefill
+    prompt_length: int | None
+    budget_reason: str
+    prefill_reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ZeroMerge caches of one sequence."""
+        pairs = zip(self.layouts, self.shapes, strict=True)
+        return sum(a.nbytes(s.head_dim, s.value_dim, s.itemsize) for a, s in pairs)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens up to which nothing is compressed."""
+        return min(a.capacity for a in self.layouts)
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes that uncompressed caches of the same layers would hold for ``tokens`` tokens."""
+        return tokens * sum(s.token_bytes for s in self.shapes)
+
+    def caches(self, model: nn.Module) -> list[Any]:
+        """One cache per layer of the model, for its ``cache`` or mlx-lm's ``prompt_cache`` argument."""
+
+        def make(i: int) -> ZeroMergeCache:
+            rows = self.layouts[i].rows
+            uniform = rows[0] if len(set(rows)) == 1 else rows
+            return ZeroMergeCache(
+                uniform, policy=self.policy, prefill=self.prefill, prompt_length=self.prompt_length
+            )
+
+        return replace_caches(mlx_lm_make_prompt_cache(model), make)
+
+
+def plan(
+    model: nn.Module,
+    kv_budget: str | int | float | Budget | None = "auto",
+    *,
+    prompt_length: int | None = None,
+    prefill: Literal["auto", "exact", "streaming"] = "auto",
+    max_tokens: int = 0,
+    head_rows: HeadRows | None = None,
+    policy: Policy | None = None,
+) -> Plan:
+    """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``."""
+    if prefill not in ("auto", "exact", "streaming"):
+        raise ValueError(f"prefill must be 'auto', 'exact' or 'streaming', not {prefill!r}")
+    if prompt_length is not None and prompt_length < 1:
+        raise ValueError(f"prompt_length must be 1 token or more, not {prompt_length}")
+    policy = policy or Policy()
+    shapes = probe(model)
+    free = free_bytes()
+    if head_rows is not None:
+        if kv_budget is not None:
+            raise ValueError("head_rows says the rows of every head: give kv_budget=None with it")
+        if len(head_rows) != len(shapes):
+            raise ValueError(f"head_rows needs {len(shapes)} tables, one for each layer, not {len(head_rows)}")
+        layouts = [layout(list(t), s, policy) for t, s in zip(head_rows, shapes, strict=True)]
+        reason = "rows per head, as given"
+    else:
+        if kv_budget is None:
+            raise ValueError("kv_budget must be given unless head_rows is")
+        resolved = resolve(
+            Budget.parse(kv_budget),
+            shapes,
+            policy,
+            prompt_tokens=prompt_length,
+            new_tokens=max_tokens,
+            model_context=context_of(model),
+            free_bytes=free,
+            other_bytes=_other_bytes(model, shapes[0]),
+        )
+        layouts = [layout(resolved.rows, s, policy) for s in shapes]
+        reason = resolved.reason
+    draft = Plan(tuple(layouts), tuple(shapes), policy, "streaming", prompt_length, reason, "as asked")
+    taken, why = _choose_prefill(draft, prefill, free)
+    return Plan(tuple(layouts), tuple(shapes), policy, taken, prompt_length, reason, why)
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    kv_budget: str | int | float | Budget | None = "auto",
+    *,
+    prompt_length: int | None = None,
+    prefill: Literal["auto", "exact", "streaming"] = "auto",
+    max_tokens: int = 0,
+    head_rows: HeadRows | None = None,
+    policy: Policy | None = None,
+) -> list[Any]:
+    """Caches of fixed size for any mlx-lm model, one per layer; attaches the attention hook for them.
+
+    Pass the result as ``prompt_cache=`` to ``mlx_lm.generate`` or ``stream_generate``. Sliding-window
+    and recurrent layers keep mlx-lm's own caches.
+
+    Args:
+        model: any model that ``mlx_lm.load`` returns.
+        kv_budget: rows per head (an integer: 2048), a fraction of the prompt (a float in (0, 1.0]:
+            0.2), bytes for the whole model ("512MB"), or "auto": as much as the request needs and
+            memory allows.
+        prompt_length: tokens of the prompt to come. Needed for a fraction and for "exact".
+        prefill: "exact" keeps the prompt whole and compacts it once, with memory for all of it;
+            "streaming" never holds more than the budget and one chunk; "auto" is exact where the
+            prompt's length is known and fits into memory.
+        max_tokens: tokens to generate; only a budget of "auto" uses it.
+        head_rows: rows of each KV head of each layer with full attention, instead of a budget.
+        policy: settings of the method; the defaults need no tuning.
+
+    Raises:
+        ValueError: the budget, the table or a setting does not work (the message says what does).
+        UnsupportedModelError: the model's attention cannot run on this cache.
+    """
+    made = plan(
+        model,
+        kv_budget,
+        prompt_length=prompt_length,
+        prefill=prefill,
+        max_tokens=max_tokens,
+        head_rows=head_rows,
+        policy=policy,
+    )
+    return made.caches(model)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The model's trained context in tokens, where its configuration says."""
+    args = getattr(model, "args", None)
+    for holder in (args, getattr(args, "text_config", None)):
+        found = holder.get("max_position_embeddings") if isinstance(holder, dict) else None
+        found = found or getattr(holder, "max_position_embeddings", None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefill, str]:
+    prompt = draft.prompt_length
+    if prefill == "streaming":
+        return "streaming", "as asked"
+    if prefill == "exact":
+        return "exact", "as asked"
+    if prompt is None:
+        return "streaming", "the prompt's length is not known"
+    if prompt <= draft.capacity:
+        return "streaming", "the prompt fits into the budget"
+    need = draft.full_bytes(prompt) + draft.nbytes
+    if free is not None and need > free:
+        return "streaming", f"the whole prompt would take {need / 1e9:.2f} GB of the {free / 1e9:.2f} GB that are free"
+    return "exact", "the whole prompt fits into memory"
+
+
+def _other_bytes(model: nn.Module, shape: LayerShape) -> int:
+    """Bytes that the model's own bounded caches will hold (estimated from the full-attention layers)."""
+    total = 0
+    for cache in mlx_lm_make_prompt_cache(model):
+        for inner in getattr(cache, "caches", (cache,)):
+            if isinstance(inner, RotatingKVCache):
+                total += inner.max_size * shape.token_bytes
+    return total
+
