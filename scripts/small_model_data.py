@@ -103,11 +103,7 @@ def read_corpus(folder: Path) -> list[tuple[str, str]]:
 
 def usable(path: Path, size: int) -> bool:
     """Text of a size worth learning from, outside data-like folders."""
-    return (
-        path.suffix in TEXT_SUFFIXES
-        and 2_000 < size < 400_000
-        and not SKIPPED_FOLDERS.intersection(path.parts)
-    )
+    return path.suffix in TEXT_SUFFIXES and 2_000 < size < 400_000 and not SKIPPED_FOLDERS.intersection(path.parts)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> Tokenizer:

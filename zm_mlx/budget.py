@@ -150,9 +150,7 @@ def resolve(
 
 def layout(rows: int | Sequence[int], shape: LayerShape, policy: Policy) -> Layout:
     """The regions of one layer for N rows per head (one number, or one a head)."""
-    return Layout.of(
-        rows, shape.heads, residual=policy.residual, proximity=policy.proximity, staging=policy.staging
-    )
+    return Layout.of(rows, shape.heads, residual=policy.residual, proximity=policy.proximity, staging=policy.staging)
 
 
 def smallest(policy: Policy) -> int:

@@ -51,9 +51,7 @@ class Plan:
         def make(i: int) -> ZeroMergeCache:
             rows = self.layouts[i].rows
             uniform = rows[0] if len(set(rows)) == 1 else rows
-            return ZeroMergeCache(
-                uniform, policy=self.policy, prefill=self.prefill, prompt_length=self.prompt_length
-            )
+            return ZeroMergeCache(uniform, policy=self.policy, prefill=self.prefill, prompt_length=self.prompt_length)
 
         return replace_caches(mlx_lm_make_prompt_cache(model), make)
 
@@ -182,4 +180,3 @@ def _other_bytes(model: nn.Module, shape: LayerShape) -> int:
             if isinstance(inner, RotatingKVCache):
                 total += inner.max_size * shape.token_bytes
     return total
-
