@@ -5,6 +5,7 @@ their cache as an argument. It is replaced by one that looks at the cache: a ``Z
 attends itself, every other cache gets mlx-lm's own function, untouched.
 """
 
+import io
 import sys
 from collections.abc import Callable
 from types import FunctionType
@@ -21,6 +22,7 @@ from .cache import UnsupportedModelError, ZeroMergeCache
 NAME = "scaled_dot_product_attention"
 PROBE_CALLS = (3, 1)  # tokens
 PROBE_ROWS = 64
+BOUNDED = (mlx_lm_cache.RotatingKVCache, mlx_lm_cache.ChunkedKVCache, mlx_lm_cache.ArraysCache)
 
 _original = base.scaled_dot_product_attention
 
@@ -36,6 +38,7 @@ def attention(
 ) -> mx.array:
     """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache``."""
     if isinstance(cache, ZeroMergeCache):
+        _require_causal(mask, queries.shape[2])
         return cache.attend(queries, keys, values, scale, mask, sinks)
     return _original(queries, keys, values, cache, scale, mask, sinks)
 
@@ -66,7 +69,10 @@ def _rebind(names: dict[str, Any]) -> None:
 def replace_caches(caches: list[Any], make: Callable[[int], ZeroMergeCache | None]) -> list[Any]:
     """A model's own caches with ``make(i)`` in place of its i-th plain ``KVCache`` (``None`` keeps it).
 
-    Sliding-window, recurrent and other caches stay; members of a ``CacheList`` are replaced too.
+    Sliding-window, recurrent and other bounded caches stay; members of a ``CacheList`` are replaced too.
+
+    Raises:
+        UnsupportedModelError: a cache is of a type that may grow with every token.
     """
     count = 0
 
@@ -75,6 +81,8 @@ def replace_caches(caches: list[Any], make: Callable[[int], ZeroMergeCache | Non
         if type(cache) is mlx_lm_cache.CacheList:
             return mlx_lm_cache.CacheList(*(replace(c) for c in cache.caches))
         if type(cache) is not mlx_lm_cache.KVCache:
+            if not isinstance(cache, BOUNDED):
+                raise UnsupportedModelError(f"it has a {type(cache).__name__}, which may grow with every token")
             return cache
         count += 1
         return make(count - 1) or cache
@@ -83,21 +91,21 @@ def replace_caches(caches: list[Any], make: Callable[[int], ZeroMergeCache | Non
 
 
 def probe(model: nn.Module) -> list[LayerShape]:
-    """Attach the hook and run a model on throw-away caches of 3 tokens, then 1 (nothing is evaluated).
+    """Attach the hook and run a model on throw-away caches of 3 tokens, then 1 (only masks are evaluated).
 
     Returns:
         For each layer that will hold a ``ZeroMergeCache``, what a token takes in it.
 
     Raises:
         UnsupportedModelError: naming the model and the reason. Every full-attention layer must call
-            the hooked attention exactly once per update, with the cache's own keys and values and
-            with no mask but the causal one.
+            the hooked attention exactly once per update, with the cache's own keys and values, with
+            no mask but the causal one, and use them nowhere else.
     """
     attach(model)
     probes: list[_Probe] = []
 
-    def make(_: int) -> ZeroMergeCache:
-        probes.append(_Probe())
+    def make(i: int) -> ZeroMergeCache:
+        probes.append(_Probe(i))
         return probes[-1]
 
     try:
@@ -105,13 +113,21 @@ def probe(model: nn.Module) -> list[LayerShape]:
         if not probes:
             raise UnsupportedModelError("it has no full-attention KV cache to compress")
         for call, tokens in enumerate(PROBE_CALLS, 1):
-            model(mx.zeros((1, tokens), mx.int32), cache=caches)
-            for i, p in enumerate(probes):
-                p.check(i, call)
+            logits = model(mx.zeros((1, tokens), mx.int32), cache=caches)
+            for p in probes:
+                p.check(call)
+            _check_uses(logits, probes)
     except Exception as error:  # a foreign model may fail in any way on a foreign cache
-        reason = str(error) if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {error}"
-        raise UnsupportedModelError(f"zm_mlx cannot serve {name_of(model)}: {reason}") from error
+        raise UnsupportedModelError(f"zm_mlx cannot serve {name_of(model)}: {_reason(error)}") from error
     return [p.shape for p in probes]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnsupportedModelError):
+        return str(error)
+    if isinstance(error, AttributeError) and isinstance(error.obj, _Probe):
+        return f"it reads {error.name!r} of its KV caches, which a compressed cache does not have"
+    return f"{type(error).__name__}: {error}"
 
 
 def name_of(model: nn.Module) -> str:
@@ -123,22 +139,31 @@ def name_of(model: nn.Module) -> str:
 
 
 class _Probe(ZeroMergeCache):
-    """A cache that notes how a model uses it."""
+    """A cache that notes how a model uses it.
 
-    def __init__(self) -> None:
+    The keys, values and masks that it hands out are stand-ins, and its attention returns zeros, so
+    that a path in the graph from a stand-in to the logits means a use that a compressed cache cannot
+    serve (layers that share keys and values, attention beside the hooked one).
+    """
+
+    def __init__(self, layer: int) -> None:
         super().__init__(PROBE_ROWS)
+        self.layer = layer
         self.updates = self.attended = 0
-        self.windows: list[Any] = []
+        self.stand_ins: list[mx.array] = []
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        mask = super().make_mask(length, return_array, window_size)
-        if window_size is not None:
-            self.windows.append(mask)
+        # The narrowest window: a wider one could not be told from the causal mask in a short probe.
+        mask = super().make_mask(length, return_array, None if window_size is None else 1)
+        if isinstance(mask, mx.array):
+            self.stand_ins.append(mask)
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.updates += 1
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
+        keys, values = (mx.zeros(x.shape, x.dtype) for x in (keys, values))
+        self.stand_ins += [keys, values]
         return super().update_and_fetch(keys, values)
 
     def attend(
@@ -151,18 +176,45 @@ class _Probe(ZeroMergeCache):
         sinks: mx.array | None = None,
     ) -> mx.array:
         self.attended += 1
-        if any(mask is w for w in self.windows):
-            raise UnsupportedModelError("a sliding window is masked over a plain KV cache")
-        if isinstance(mask, mx.array) and not _is_causal(mask, keys.shape[2]):
-            raise UnsupportedModelError("its attention has a mask of its own")
-        return super().attend(queries, keys, values, scale, mask, sinks)
+        out = super().attend(queries, keys, values, scale, mask, sinks)
+        return mx.zeros(out.shape, out.dtype)
 
-    def check(self, layer: int, calls: int) -> None:
+    def check(self, calls: int) -> None:
         if self.updates != calls or self.attended != calls:
             raise UnsupportedModelError(
-                f"layer {layer} called the hooked attention {self.attended} times for {self.updates} updates "
+                f"layer {self.layer} called the hooked attention {self.attended} times for {self.updates} updates "
                 f"of its cache in {calls} calls of the model"
             )
+
+
+def _check_uses(logits: mx.array, probes: list[_Probe]) -> None:
+    """Require that no stand-in of a probe reaches the logits.
+
+    mlx shows its graph only as text, where ``"name" -> operation`` is a use of an array.
+    """
+    named = {f"layer_{p.layer}_{i}": x for p in probes for i, x in enumerate(p.stand_ins)}
+    graph = io.StringIO()
+    mx.export_to_dot(graph, logits, **named)
+    text = graph.getvalue()
+    for p in probes:
+        if any(f'"layer_{p.layer}_{i}" -> ' in text for i in range(len(p.stand_ins))):
+            raise UnsupportedModelError(
+                f"keys, values or the mask of the cache of layer {p.layer} are used outside of its own attention"
+            )
+
+
+def _require_causal(mask: Any, length: int) -> None:
+    """Require that a mask for ``length`` new tokens means "causal" and nothing else, which is what the cache does.
+
+    Raises:
+        UnsupportedModelError: it means something else.
+    """
+    if isinstance(mask, mx.array):
+        causal = mask.shape[-1] == length and (length == 1 or _is_causal(mask, length))
+    else:
+        causal = mask == "causal" or (mask is None and length == 1)
+    if not causal:
+        raise UnsupportedModelError("its attention has a mask of its own (a sliding window, a bias, or no mask)")
 
 
 def _is_causal(mask: mx.array, length: int) -> bool:

@@ -1,0 +1,159 @@
+"""What a generation did, in numbers: for people as lines, for programs as one JSON document."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from .layout import Layout
+from .plan import Plan
+
+
+@dataclass
+class Run:
+    """One generation, as far as it came."""
+
+    cache: str
+    prompt_tokens: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_done: int = 0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    kv_bytes: int = 0
+    full_bytes: int | None = None
+    seen: int = 0
+    peak_memory: int = 0
+    finish_reason: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def prefilled(self, done: int, _total: int) -> None:
+        """mlx-lm's progress of the prompt."""
+        self.prompt_done, self.prompt_seconds = done, time.perf_counter() - self.started
+
+    def close(self, caches: list[Any], plan: Plan | None) -> None:
+        """Note what the caches hold at the end, and what full ones would."""
+        self.generation_seconds = max(0.0, time.perf_counter() - self.started - self.prompt_seconds)
+        self.kv_bytes = sum(c.nbytes for c in caches if not _empty(c))
+        self.seen = self.prompt_done + max(0, len(self.tokens) - 1) if self.tokens else self.prompt_done
+        self.full_bytes = plan.full_bytes(self.seen) if plan else None
+        self.peak_memory = mx.get_peak_memory()
+
+    @property
+    def prompt_tps(self) -> float:
+        return self.prompt_done / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        return len(self.tokens) / self.generation_seconds if self.generation_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "cache": self.cache,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_done": self.prompt_done,
+            "prompt_tps": round(self.prompt_tps, 3),
+            "generation_tokens": len(self.tokens),
+            "generation_tps": round(self.generation_tps, 3),
+            "kv_bytes": self.kv_bytes,
+            "full_kv_bytes": self.full_bytes,
+            "peak_memory_bytes": self.peak_memory,
+            "finish_reason": self.finish_reason,
+            "text": self.text,
+        }
+
+
+def _empty(cache: Any) -> bool:
+    try:
+        return bool(cache.empty())
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def describe(layout: Layout) -> str:
+    """One layer's rows, in words."""
+    fewest, most = min(layout.rows), max(layout.rows)
+    rows = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    least, top = min(layout.context), max(layout.context)
+    context = f"{least}" if least == top else f"{least} to {top}"
+    return (
+        f"{rows} rows per head ({layout.residual} residual, {context} context, "
+        f"{layout.proximity} proximity, {layout.staging} staging) x {layout.heads} KV heads"
+    )
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The effective budget of each run of equal layers, and how the prompt is taken."""
+    lines = []
+    begin = 0
+    each = [(a, a.nbytes(s.head_dim, s.value_dim, s.itemsize)) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
+    for i, layer in enumerate(each):
+        if i + 1 < len(each) and each[i + 1] == layer:
+            continue
+        name = f"layer {begin}" if begin == i else f"layers {begin} to {i}"
+        lines.append(f"Budget: {name}: {describe(layer[0])}, {size(layer[1])} a layer")
+        begin = i + 1
+    lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
+    lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
+    return lines
+
+
+def run_lines(run: Run, plan: Plan | None) -> list[str]:
+    """The closing statistics."""
+    lines = [
+        f"Prompt: {run.prompt_done} of {run.prompt_tokens} tokens, {run.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {len(run.tokens)} tokens, {run.generation_tps:.3f} tokens-per-sec",
+    ]
+    kv = f"KV cache: {size(run.kv_bytes)} now"
+    if run.full_bytes:
+        kv += f", {size(run.full_bytes)} in a full cache ({run.kv_bytes / run.full_bytes:.2f} x)"
+    lines.append(kv)
+    if plan is not None and run.cache == "zeromerge":
+        compressed = "compressed" if run.seen > plan.capacity else "not compressed, everything fits"
+        lines.append(f"Seen: {run.seen} tokens, {compressed}")
+    lines.append(f"Peak memory: {run.peak_memory / 1e9:.3f} GB")
+    return lines
+
+
+def comparison(full: Run, ours: Run, decode: Any) -> list[str]:
+    """Two runs of one prompt side by side, and where their texts first differ."""
+    rows = [
+        ("KV cache", size, full.kv_bytes, ours.kv_bytes),
+        ("prefill tokens/s", _rate, full.prompt_tps, ours.prompt_tps),
+        ("decode tokens/s", _rate, full.generation_tps, ours.generation_tps),
+        ("peak memory", size, full.peak_memory, ours.peak_memory),
+    ]
+    lines = [f"{'':<18}{'full':>14}{'zeromerge':>14}{'ratio':>8}"]
+    lines += [f"{name:<18}{show(a):>14}{show(b):>14}{_ratio(b, a):>8}" for name, show, a, b in rows]
+    at = first_difference(full.tokens, ours.tokens)
+    if at is None:
+        lines.append(f"The texts are the same ({len(ours.tokens)} tokens).")
+    else:
+        one, other = (decode(r.tokens[at : at + 1]) if at < len(r.tokens) else "(end)" for r in (full, ours))
+        lines.append(f"The texts first differ at token {at + 1}: {one!r} against {other!r}.")
+    return lines
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Index of the first token that differs, ``None`` if none does."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as mlx-lm prints them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f} x" if b else "-"
