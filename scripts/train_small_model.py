@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from small_model_data import BOS, EOS, Documents, read_corpus, train_tokenizer
 from tokenizers import Tokenizer
 
-PHASES = ((0.00, 256), (0.16, 1024), (0.42, 2048), (0.62, 4096))  # (share of time, length)
+PHASES = ((0.00, 256), (0.15, 1024), (0.33, 2048), (0.50, 4096))  # (share of time, length)
 TOKENS_PER_STEP = {256: 4096, 1024: 8192, 2048: 8192, 4096: 8192}
 PEAK_LR, FLOOR, WARM_UP_STEPS = 4e-3, 0.03, 50
 
@@ -251,6 +252,7 @@ def main() -> None:
     load, reading = other_load(None)
     means: dict[str, float] = {}
     threads = args.max_threads
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill saves too, as Ctrl-C does
     try:
         while spent < args.minutes * 60:
             begun = time.time()
