@@ -3,19 +3,20 @@
 from .budget import Budget
 from .cache import UnsupportedModelError, ZeroMergeCache
 from .hook import register
-from .plan import make_prompt_cache, plan
+from .plan import Plan, make_prompt_cache, plan_cache
 from .policy import Policy
 from .saved import load_prompt_cache, save_prompt_cache
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Plan",
     "Policy",
     "UnsupportedModelError",
     "ZeroMergeCache",
     "load_prompt_cache",
     "make_prompt_cache",
-    "plan",
+    "plan_cache",
     "save_prompt_cache",
 ]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .budget import Budget
 from .cache import UnsupportedModelError, ZeroMergeCache
 from .hook import replace_caches
-from .plan import Plan, context_of, plan
+from .plan import Plan, context_of, plan_cache
 from .report import Run, comparison, plan_lines, run_lines
 from .saved import load_prompt_cache, read
 
@@ -191,7 +191,7 @@ def _caches(args: argparse.Namespace, model: nn.Module, prompt_tokens: int) -> t
     context = context_of(model)
     unlimited = max(0, (context or 0) - prompt_tokens)
     try:
-        made = plan(
+        made = plan_cache(
             model,
             args.kv_budget or DEFAULT_KV_BUDGET,
             prompt_length=prompt_tokens,

@@ -6,6 +6,7 @@ attends itself, every other cache gets mlx-lm's own function, untouched.
 """
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from types import FunctionType
@@ -24,7 +25,7 @@ PROBE_CALLS = (3, 1)  # tokens
 PROBE_ROWS = 64
 BOUNDED = (mlx_lm_cache.RotatingKVCache, mlx_lm_cache.ChunkedKVCache, mlx_lm_cache.ArraysCache)
 
-_original = base.scaled_dot_product_attention
+_original: Callable[..., mx.array] = base.scaled_dot_product_attention
 
 
 def attention(
@@ -162,7 +163,7 @@ class _Probe(ZeroMergeCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.updates += 1
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
-        keys, values = (mx.zeros(x.shape, x.dtype) for x in (keys, values))
+        keys, values = (mx.full(x.shape, mx.nan, x.dtype) for x in (keys, values))  # no mask made of NaN is causal
         self.stand_ins += [keys, values]
         return super().update_and_fetch(keys, values)
 
@@ -182,8 +183,8 @@ class _Probe(ZeroMergeCache):
     def check(self, calls: int) -> None:
         if self.updates != calls or self.attended != calls:
             raise UnsupportedModelError(
-                f"layer {self.layer} called the hooked attention {self.attended} times for {self.updates} updates "
-                f"of its cache in {calls} calls of the model"
+                f"full-attention layer {self.layer} called the hooked attention {self.attended} times "
+                f"for {self.updates} updates of its cache in {calls} calls of the model"
             )
 
 
@@ -195,12 +196,10 @@ def _check_uses(logits: mx.array, probes: list[_Probe]) -> None:
     named = {f"layer_{p.layer}_{i}": x for p in probes for i, x in enumerate(p.stand_ins)}
     graph = io.StringIO()
     mx.export_to_dot(graph, logits, **named)
-    text = graph.getvalue()
-    for p in probes:
-        if any(f'"layer_{p.layer}_{i}" -> ' in text for i in range(len(p.stand_ins))):
-            raise UnsupportedModelError(
-                f"keys, values or the mask of the cache of layer {p.layer} are used outside of its own attention"
-            )
+    if use := re.search(r'"layer_(\d+)_\d+" -> ', graph.getvalue()):
+        raise UnsupportedModelError(
+            f"the keys, values or mask of full-attention layer {use[1]} are used outside of its own attention"
+        )
 
 
 def _require_causal(mask: Any, length: int) -> None:
@@ -210,17 +209,21 @@ def _require_causal(mask: Any, length: int) -> None:
         UnsupportedModelError: it means something else.
     """
     if isinstance(mask, mx.array):
-        causal = mask.shape[-1] == length and (length == 1 or _is_causal(mask, length))
+        causal = _is_causal(mask, length)
     else:
         causal = mask == "causal" or (mask is None and length == 1)
     if not causal:
-        raise UnsupportedModelError("its attention has a mask of its own (a sliding window, a bias, or no mask)")
+        raise UnsupportedModelError(
+            "its attention has another mask than the causal one (a sliding window, a bias on the scores, or none)"
+        )
 
 
 def _is_causal(mask: mx.array, length: int) -> bool:
     """Whether an array mask over ``length`` new tokens means "causal" and nothing else."""
     if mask.shape[-1] != length:
         return False
+    if length == 1:  # a bias on a single key changes nothing, and decoding must not wait for its value
+        return True
     visible = mask if mask.dtype == mx.bool_ else mask == 0
     hidden = ~mask if mask.dtype == mx.bool_ else mask < -1e3
     causal = mx.tri(length).astype(mx.bool_)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.nn as nn
-from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 
 from .budget import Budget, LayerShape, layout, resolve
@@ -56,7 +55,7 @@ class Plan:
         return replace_caches(mlx_lm_make_prompt_cache(model), make)
 
 
-def plan(
+def plan_cache(
     model: nn.Module,
     kv_budget: str | int | float | Budget | None = "auto",
     *,
@@ -133,7 +132,7 @@ def make_prompt_cache(
         ValueError: the budget, the table or a setting does not work (the message says what does).
         UnsupportedModelError: the model's attention cannot run on this cache.
     """
-    made = plan(
+    made = plan_cache(
         model,
         kv_budget,
         prompt_length=prompt_length,
@@ -177,6 +176,6 @@ def _other_bytes(model: nn.Module, shape: LayerShape) -> int:
     total = 0
     for cache in mlx_lm_make_prompt_cache(model):
         for inner in getattr(cache, "caches", (cache,)):
-            if isinstance(inner, RotatingKVCache):
-                total += inner.max_size * shape.token_bytes
+            rows = getattr(inner, "max_size", None) or getattr(inner, "chunk_size", None) or 0
+            total += rows * shape.token_bytes
     return total
