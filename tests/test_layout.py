@@ -76,7 +76,7 @@ def test_too_few_rows_raise_and_name_a_number_that_works(rows, heads, more):
         Layout.of(least - 1, heads, **more)
 
 
-@pytest.mark.parametrize("residual", range(40))
+@pytest.mark.parametrize("residual", [0, 1, 4, 13, 14, 16, 32, 64])
 def test_the_smallest_rows_named_work_for_many_residual_rows(residual):
     with pytest.raises(ValueError, match="smallest that works here is") as error:
         Layout.of(1, 2, residual=residual)

@@ -1,9 +1,10 @@
-"""Tiny random inputs and models for the tests; the seed decides everything."""
+"""Tiny random inputs and models for the tests, and how to compare caches; the seed decides everything."""
 
 from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
+import twin
 from mlx_lm.models import llama
 
 from zm_mlx.cache import ZeroMergeCache
@@ -121,3 +122,40 @@ def rounding(dtype: mx.Dtype):
     if dtype == mx.float32:
         return np.asarray
     return lambda x: f64(mx.array(np.asarray(x, np.float32)).astype(dtype))
+
+
+def twin_of(cache: ZeroMergeCache, **more) -> twin.Cache:
+    """A float64 twin with the regions and settings of a cache that has seen tokens."""
+    a, p = cache.layout, cache.policy
+    how = {"alpha": p.alpha, "kappa": p.kappa, "decay": p.decay, "pool": p.pool, "window": p.window}
+    return twin.Cache(a.residual, a.context, a.proximity, a.staging, **{**how, **more})
+
+
+def assert_equals_twin(cache: ZeroMergeCache, made: list[twin.Cache]) -> None:
+    """Rows, their order, weights, positions, scores and spreads of every head equal the twin's."""
+    for b, sequence in enumerate(made):
+        assert cache.offset == sequence.seen
+        for h, head in enumerate(sequence.heads):
+            held = cache.held(h, b)
+            keys, values, weight, spread = head.arrays()
+            assert held.weight.tolist() == weight.tolist()
+            assert held.position.tolist() == [-1] * len(head.merged) + [r.tokens[0] for r in head.raw]
+            np.testing.assert_allclose(f64(held.keys), keys, atol=2e-5)
+            np.testing.assert_allclose(f64(held.values), values, atol=2e-5)
+            np.testing.assert_allclose(f64(held.score), [r.score for r in head.rows], atol=2e-4, rtol=2e-4)
+            if head.merged:
+                found = f64(cache.kept.spread[b, cache.layout.order.index(h)])
+                np.testing.assert_allclose(found, spread[: len(head.merged)], rtol=1e-3, atol=1e-5)
+
+
+def state_of(cache: ZeroMergeCache, b: slice = slice(None)) -> list[np.ndarray]:
+    """The live part of all arrays of some sequences."""
+    recent = [x[b, :, : cache.live] for x in cache.recent]
+    return [f64(x) for x in (*recent, *(x[b] for x in cache.kept))]
+
+
+def assert_same_state(a: ZeroMergeCache, b: ZeroMergeCache, which: slice = slice(None)) -> None:
+    """``a`` equals the sequences ``which`` of ``b``, up to float32 rounding."""
+    assert (a.offset, a.left, a.live, a.staged) == (b.offset, b.left, b.live, b.staged)
+    for x, y in zip(state_of(a), state_of(b, which), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4, rtol=2e-4)

@@ -6,6 +6,7 @@ behind each row. ``PaperLoop`` is the published loop, one token a step, with run
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def doubt(score: Sequence[float], count: int, pool: int) -> float:
 def cut(count: int, groups: int) -> list[range]:
     """``count`` rows in order, cut into contiguous groups of equal size (± 1)."""
     edges = [-(-g * count // groups) for g in range(groups + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def spread_of(keys: np.ndarray) -> float:
@@ -106,8 +107,9 @@ class Head:
         return self.merged + self.raw
 
     def mean(self, what: list[np.ndarray], row: Row) -> np.ndarray:
-        mean = np.mean([what[t] for t in row.tokens], axis=0)
-        return mean if len(row.tokens) == 1 else self.rounding(mean)
+        if len(row.tokens) == 1:
+            return what[row.tokens[0]]
+        return self.rounding(np.mean([what[t] for t in row.tokens], axis=0))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Keys, values, weight and spread of the rows."""
@@ -116,18 +118,21 @@ class Head:
         spread = [spread_of(np.stack([self.keys[t] for t in r.tokens])) if len(r.tokens) > 1 else 0.0 for r in rows]
         return keys, values, np.array([float(len(r.tokens)) for r in rows]), np.array(spread)
 
-    def attend(self, q: np.ndarray, *, decay: float, counts: bool = True, **how: float) -> np.ndarray:
-        """Queries [G, D] of one new token, already appended; its probabilities are added to the scores."""
+    def attend(self, q: np.ndarray, *, decay: float, counts: bool = True, **how) -> np.ndarray:
+        """Queries [G, D] of one new token, already appended; its probabilities are added to the scores.
+
+        ``counts=False``: the query is too long ago to count.
+        """
         keys, values, weight, spread = self.arrays()
         out, p = attention(q[:, None], keys, values, weight, spread, np.ones((1, len(keys)), bool), **how)
         for row, m in zip(self.rows, mass(p, decay), strict=True):
             row.score = decay * row.score + (m if counts else 0.0)
         return out[:, 0]
 
-    def compact(self, leaving: int | None = None) -> None:
-        """Section 2.4 of the design, for the raw rows older than the newest ``proximity`` ones."""
-        stay = self.proximity if leaving is None else len(self.raw) - leaving
-        pool, newest = self.raw[: max(0, len(self.raw) - stay)], self.raw[max(0, len(self.raw) - stay) :]
+    def compact(self) -> None:
+        """All raw rows older than the newest ``proximity`` ones are context, or merged, or dropped."""
+        older = max(0, len(self.raw) - self.proximity)
+        pool, newest = self.raw[:older], self.raw[older:]
         if not self.compressed and len(pool) <= self.residual + self.context:
             return
         self.compressed = True
@@ -185,15 +190,18 @@ class Cache:
     def begin_prompt(self, length: int) -> None:
         self.prompt_end = self.seen + length
 
-    def step(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    def step(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, sinks: np.ndarray | None = None
+    ) -> np.ndarray:
         """One token: q [Hq, D], k [H, D], v [H, Dv]; returns [Hq, Dv]."""
         self.seen += 1
         groups = np.asarray(q, np.float64).reshape(len(self.heads), -1, q.shape[-1])
         counts = self.window is None or self.seen > self.prompt_end - self.window
         outputs = []
-        for head, queries, key, value in zip(self.heads, groups, k, v, strict=True):
+        sink = [None] * len(self.heads) if sinks is None else np.reshape(sinks, (len(self.heads), -1))
+        for head, queries, key, value, s in zip(self.heads, groups, k, v, sink, strict=True):
             head.append(key, value)
-            outputs.append(head.attend(queries, decay=self.decay, counts=counts, scale=scale, **self.how))
+            outputs.append(head.attend(queries, decay=self.decay, counts=counts, scale=scale, sinks=s, **self.how))
         if self.seen == self.prompt_end:
             if self.seen > self.capacity:
                 self.anchor = self.seen
@@ -203,9 +211,11 @@ class Cache:
                 head.compact()
         return np.concatenate(outputs)
 
-    def run(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    def run(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, sinks: np.ndarray | None = None
+    ) -> np.ndarray:
         """Tokens of one sequence, q [Hq, T, D], k [H, T, D], v [H, T, Dv]: returns [Hq, T, Dv]."""
-        outputs = [self.step(q[:, t], k[:, t], v[:, t], scale) for t in range(q.shape[1])]
+        outputs = [self.step(q[:, t], k[:, t], v[:, t], scale, sinks) for t in range(q.shape[1])]
         return np.stack(outputs, axis=1)
 
 

@@ -4,14 +4,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
-from .layout import Layout
+from .layout import Layout, smallest_rows
 from .policy import Policy
 
 FRACTION_FLOOR = 64  # rows; a fraction of a short prompt is not worth compressing below this
 AUTO_STEP = 256
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FORMS = "'auto', a fraction of the prompt with a decimal point (0.2), rows per head (2048), or bytes (512MB, 1.5GB)"
 
 Kind = Literal["auto", "fraction", "rows", "bytes"]
@@ -19,12 +20,13 @@ Kind = Literal["auto", "fraction", "rows", "bytes"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one full-attention layer stores for a token: KV heads, head dims, bytes an element."""
+    """What one full-attention layer stores for a token: KV heads, head dims, bytes an element, dtype's name."""
 
     heads: int
     head_dim: int
     value_dim: int
     itemsize: int
+    dtype: str = ""
 
     @property
     def token_bytes(self) -> int:
@@ -48,19 +50,24 @@ class Budget:
         """
         if isinstance(given, Budget):
             return given
-        text = repr(given) if isinstance(given, float) else str(given).strip()
+        if isinstance(given, float):
+            return cls._fraction(float(given))
+        text = str(given).strip()
         if text.lower() == "auto":
             return cls("auto")
-        if match := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]i?B)", text, re.IGNORECASE):
+        if match := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*((?:[KMG]i?)?B)", text, re.IGNORECASE):
             return cls._positive(text, "bytes", math.floor(float(match[1]) * UNITS[match[2].upper()]))
         if re.fullmatch(r"[+-]?\d+", text):
             return cls._positive(text, "rows", int(text))
         if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
-            fraction = float(text)
-            if not 0 < fraction <= 1:
-                raise ValueError(f"a budget of {text} is not a fraction in (0, 1.0]; rows per head are an integer")
-            return cls("fraction", fraction)
+            return cls._fraction(float(text))
         raise ValueError(f"cannot read a budget of {text!r}: it is {FORMS}")
+
+    @classmethod
+    def _fraction(cls, value: float) -> "Budget":
+        if not 0 < value <= 1:
+            raise ValueError(f"a budget of {value} is not a fraction in (0, 1.0]; rows per head are an integer")
+        return cls("fraction", value)
 
     @classmethod
     def _positive(cls, text: str, kind: Kind, value: int) -> "Budget":
@@ -73,7 +80,7 @@ class Budget:
             return "auto"
         if self.kind == "fraction":
             return str(self.value)
-        return f"{self.value:.0f}" + (" bytes" if self.kind == "bytes" else "")
+        return f"{self.value:.0f}" + ("B" if self.kind == "bytes" else "")
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def resolve(
     if budget.kind == "fraction":
         if prompt_tokens is None:
             raise ValueError(f"a budget of {budget} is a fraction of the prompt, so prompt_length must be given")
-        rows = math.ceil(budget.value * prompt_tokens)
+        rows = math.ceil(Fraction(str(budget.value)) * prompt_tokens)  # 0.07 of 10,000 is 700, not 701
         if rows < FRACTION_FLOOR:
             return Rows(FRACTION_FLOOR, f"{budget} of {prompt_tokens} tokens is {rows}; {FRACTION_FLOOR} is the least")
         return Rows(rows, f"{budget} of {prompt_tokens} tokens")
@@ -155,7 +162,7 @@ def layout(rows: int | Sequence[int], shape: LayerShape, policy: Policy) -> Layo
 
 def smallest(policy: Policy) -> int:
     """The fewest rows per head that work."""
-    return policy.residual + (policy.staging or 1) + 1
+    return smallest_rows(policy.residual, policy.staging)
 
 
 def largest(fits: Callable[[int], bool], least: int) -> int:

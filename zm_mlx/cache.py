@@ -1,7 +1,7 @@
 """ZeroMergeCache: a KV cache of fixed size for one layer, behind mlx-lm's cache protocol."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -65,8 +65,8 @@ class ZeroMergeCache:
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
         self.policy = policy or Policy()
-        self.table = rows if isinstance(rows, int) else tuple(int(n) for n in rows)
-        self._layout_of(1 if isinstance(rows, int) else len(rows))
+        self.table = tuple(int(n) for n in rows) if isinstance(rows, Iterable) else int(rows)
+        self._layout_of(1 if isinstance(self.table, int) else len(self.table))
         self._start()
         if prefill == "exact":
             self._begin_exact(prompt_length)
@@ -106,21 +106,21 @@ class ZeroMergeCache:
         if self.exact:
             raise ValueError("begin_prompt: the prompt before has not ended; call finish_prompt first")
         self._begin_exact(length)
-        if self.recent is not None:
+        if self.recent is not None and self.live + length > self.recent.keys.shape[2]:
             self._reserve(self.live + length)
 
     def finish_prompt(self) -> None:
         """End an exact prefill now: score the prompt by its last queries and compact it once.
 
-        Does nothing while streaming. With no more than N tokens seen nothing is merged.
+        Does nothing while streaming. With fewer than N tokens seen nothing is merged.
         """
         if not self.exact:
             return
         self.exact = False
         if self.layout is None or self._queries is None:
             return
-        on_kept, on_recent = compress.score(self._queries, **self._rows(self._scale, self._sinks))
-        self._commit(on_kept, on_recent, self._prompt_seen)
+        rows = self._rows(self._scale, self._sinks)
+        self._commit(*compress.score(self._queries, tokens=self._prompt_seen, **rows))
         self._queries = self._sinks = None
         seen, whole = self.left + self.live, self.layout.capacity
         self.staged = (seen - whole) % self.layout.staging if seen <= whole else 0
@@ -189,13 +189,15 @@ class ZeroMergeCache:
             )
         queries, keys, values = (self._sorted(x, 1) for x in (queries, keys, values))
         sinks = None if sinks is None else self._sorted(sinks, 0)
-        outputs = []
+        outputs: list[mx.array] = []
         begin = 0
         while begin < length:
             end = min(length, begin + self._room())
-            block = slice(begin, end)
-            self._append(keys[:, :, block], values[:, :, block])
-            outputs.append(self._attend_block(queries[:, :, block], scale, sinks))
+            block = [x[:, :, begin:end] for x in (queries, keys, values)]
+            if outputs:  # one block after the other, or the logits of all exist at once
+                block = mx.depends(block, outputs[-1:])
+            self._append(*block[1:])
+            outputs.append(self._attend_block(block[0], scale, sinks))
             begin = end
         out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
         # Decode evaluates only its token: without this, state it does not depend on piles up as graph.
@@ -222,21 +224,18 @@ class ZeroMergeCache:
         """Attend, commit the scores, compact where a compaction is due."""
         assert self.layout is not None
         if not self.exact:
-            out, on_kept, on_recent = compress.attend(queries, **self._rows(scale, sinks))
-            self._commit(on_kept, on_recent, queries.shape[2])
+            out, *scores = compress.attend(queries, **self._rows(scale, sinks))
+            self._commit(*scores)
             self.staged += queries.shape[2]
             if self.staged == self.layout.staging:
                 self.staged = 0
                 self._compact()
             return out
         out = self._attend_whole(queries, scale, sinks)
-        window, ahead = self.policy.window, self._room()
-        if window is None or self.prompt_length is None or ahead < window:
-            both = [queries] if self._queries is None else [self._queries, queries]
-            last = mx.concatenate(both, axis=2)
-            self._queries = mx.contiguous(last if window is None else last[:, :, -window:])
-            self._scale, self._sinks = scale, sinks
-        if ahead == 0:
+        both = [queries] if self._queries is None else [self._queries, queries]
+        self._queries = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -(self.policy.window or 0) :])
+        self._scale, self._sinks = scale, sinks
+        if self._room() == 0:
             self.finish_prompt()
         return out
 
@@ -248,9 +247,11 @@ class ZeroMergeCache:
         length, live = queries.shape[2], self.live
         # On the CPU mlx materialises the logits.
         step = length if mx.default_device() == mx.gpu else compress.block_length(queries, live)
-        outputs = []
+        outputs: list[mx.array] = []
         for begin in range(0, length, step):
             block = queries[:, :, begin : begin + step]
+            if outputs:  # one block after the other, or the logits of all exist at once
+                block = mx.depends(block, outputs[-1:])
             rows = live - length + begin + block.shape[2]
             keys, values = (x[:, :, :rows] for x in self.recent[:2])
             mask = "causal" if block.shape[2] > 1 else None
@@ -272,12 +273,10 @@ class ZeroMergeCache:
             "sinks": sinks,
         }
 
-    def _commit(self, on_kept: mx.array, on_recent: mx.array, queries: int) -> None:
-        """score ← λ^queries · score + mass."""
+    def _commit(self, kept_score: mx.array, recent_score: mx.array) -> None:
+        """Take over the new scores of all rows."""
         assert self.kept is not None and self.recent is not None
-        fade = self.policy.decay**queries
-        self.kept = self.kept._replace(score=fade * self.kept.score + on_kept)
-        self.recent.score[:, :, : self.live] = fade * self.recent.score[:, :, : self.live] + on_recent
+        self.kept, self.recent = self.kept._replace(score=kept_score), self.recent._replace(score=recent_score)
 
     def _compact(self) -> None:
         """Leave the newest ``proximity`` (and already staged) rows in the recent store; compress the others."""
@@ -392,7 +391,10 @@ class ZeroMergeCache:
         for name in FACTS:
             setattr(self, name, facts[name])
         self.table = self.table if isinstance(self.table, int) else tuple(self.table)
-        *stores, self._queries, self._sinks = arrays
+        # In-place writes must not reach the arrays of whoever handed over the state.
+        arrays = [None if x is None else mx.array(x) for x in arrays]
+        stores: list[Any] = arrays[:-2]
+        self._queries, self._sinks = arrays[-2:]
         if stores:
             self.recent, self.kept = Recent(*stores[:3]), Kept(*stores[3:])
             self.layout = self._layout_of(self.recent.keys.shape[1])

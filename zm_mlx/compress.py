@@ -41,11 +41,13 @@ def attend(
     for the variance of the keys behind a merged row (``Policy.kappa = 0`` leaves it out).
 
     Returns:
-        output [B, H * G, L, Dv] in the dtype of the queries, mass of the kept rows [B, K] and of
-        the live recent rows [B, H, live], both float32.
+        output [B, H * G, L, Dv] in the dtype of the queries; the new scores λ^L score + mass of the
+        kept rows [B, K] and of the recent store [B, H, rows] (0 past the live ones), float32.
     """
     outputs, on_kept, on_recent = _attend(queries, kept, recent, left, live, layout, policy, scale, sinks, True)
-    return mx.concatenate(outputs, axis=1).astype(queries.dtype), on_kept, on_recent
+    return mx.concatenate(outputs, axis=1).astype(queries.dtype), *_faded(
+        kept, recent, on_kept, on_recent, policy.decay ** queries.shape[2]
+    )
 
 
 def score(
@@ -59,10 +61,15 @@ def score(
     policy: Policy,
     scale: float,
     sinks: mx.array | None = None,
+    tokens: int,
 ) -> tuple[mx.array, mx.array]:
-    """The two masses of ``attend`` without its output: importance from the last W queries of a prompt."""
+    """The new scores of ``attend`` without its output, from the last W queries of a prompt.
+
+    Args:
+        tokens: the length of the prompt; the scores from before it fade by λ^tokens.
+    """
     _, on_kept, on_recent = _attend(queries, kept, recent, left, live, layout, policy, scale, sinks, False)
-    return on_kept, on_recent
+    return _faded(kept, recent, on_kept, on_recent, policy.decay**tokens)
 
 
 def select(importance: mx.array, count: int, pool: int) -> tuple[mx.array, mx.array]:
@@ -210,8 +217,13 @@ def _attend(
     recent_mass: list[mx.array] = []
     for group in layout.groups:
         q, k, r, s = _of_group(queries, kept, recent, sinks, group, layout.heads, left, live)
-        out, on_kept, on_recent = [], mx.array(0.0), mx.array(0.0)
-        for begin, end, p_kept, p_recent in _probabilities(q, k, r, s, policy, scale):
+        out: list[mx.array] = []
+        on_kept = on_recent = mx.array(0.0)
+        step = block_length(q, k.keys.shape[2] + live)
+        for begin in range(0, length, step):
+            end = min(begin + step, length)
+            block = _after(q[:, :, :, begin:end], *outputs[-1:], *out[-1:], on_kept, on_recent)
+            p_kept, p_recent = _probabilities(block, length - end, k, r, s, policy, scale)
             if with_output:
                 out.append(_times_values(p_kept, k.values) + _times_values(p_recent, r.values))
             age = mx.arange(length - 1 - begin, length - 1 - end, -1, dtype=mx.float32)
@@ -248,36 +260,50 @@ def _of_group(
 
 
 def _probabilities(
-    q: mx.array, kept: Kept, recent: Recent, sinks: mx.array | None, policy: Policy, scale: float
-) -> Iterator[tuple[int, int, mx.array, mx.array]]:
-    """Softmax of the compensated logits of queries begin … end: [B, h, G, l, kept] and [B, h, G, l, live]."""
-    batch, heads, groups, length, _ = q.shape
-    old, live = kept.keys.shape[2], recent.keys.shape[2]
-    residual = min(kept.spread.shape[-1], old)
-    step = block_length(q, old + live)
-    bias = mx.where(kept.weight > 0, policy.alpha * mx.log(kept.weight), -mx.inf)[:, :, None, None]
-    for begin in range(0, length, step):
-        end = min(begin + step, length)
-        block = q[:, :, :, begin:end].astype(mx.float32)
-        logits = []
-        if old:
-            past = _times_keys(block * scale, kept.keys) + bias
-            if policy.kappa and residual:
-                norms = (block * block).sum(axis=-1, keepdims=True)
-                spread = kept.spread[:, :, None, None, :residual]
-                lift = mx.minimum(policy.kappa, 0.5 * scale**2 * spread * norms)
-                past = past + mx.pad(lift, [(0, 0)] * 4 + [(0, old - residual)])
-            logits.append(past)
-        now = _times_keys(block * scale, recent.keys)
-        if length > 1:
-            newest = mx.arange(live - length + begin, live - length + end)[:, None]
-            now = mx.where(mx.arange(live) <= newest, now, -mx.inf)
-        logits.append(now)
-        if sinks is not None:
-            sink = sinks.astype(mx.float32)[None, :, :, None, None]
-            logits.append(mx.broadcast_to(sink, (batch, heads, groups, end - begin, 1)))
-        p = mx.softmax(mx.concatenate(logits, axis=-1) if len(logits) > 1 else now, axis=-1)
-        yield begin, end, p[..., :old], p[..., old : old + live]
+    q: mx.array, later: int, kept: Kept, recent: Recent, sinks: mx.array | None, policy: Policy, scale: float
+) -> tuple[mx.array, mx.array]:
+    """Softmax of the compensated logits of queries [B, h, G, l, D] that ``later`` more tokens follow.
+
+    Returns:
+        Probabilities of the kept rows [B, h, G, l, kept] and of the recent ones [B, h, G, l, live].
+    """
+    length, old, live = q.shape[3], kept.keys.shape[2], recent.keys.shape[2]
+    q = q.astype(mx.float32)
+    logits = []
+    if old:
+        bias = mx.where(kept.weight > 0, policy.alpha * mx.log(kept.weight), -mx.inf)[:, :, None, None]
+        past = _times_keys(q * scale, kept.keys) + bias
+        residual = min(kept.spread.shape[-1], old)
+        if policy.kappa and residual:
+            norms = (q * q).sum(axis=-1, keepdims=True)
+            lift = mx.minimum(policy.kappa, 0.5 * scale**2 * kept.spread[:, :, None, None, :residual] * norms)
+            past = past + mx.pad(lift, [(0, 0)] * 4 + [(0, old - residual)])
+        logits.append(past)
+    now = _times_keys(q * scale, recent.keys)
+    if length + later > 1:
+        newest = mx.arange(live - later - length, live - later)[:, None]
+        now = mx.where(mx.arange(live) <= newest, now, -mx.inf)
+    logits.append(now)
+    if sinks is not None:
+        sink = sinks.astype(mx.float32)[None, :, :, None, None]
+        logits.append(mx.broadcast_to(sink, (*q.shape[:4], 1)))
+    p = mx.softmax(mx.concatenate(logits, axis=-1) if len(logits) > 1 else now, axis=-1)
+    return p[..., :old], p[..., old : old + live]
+
+
+def _after(x: mx.array, *done: mx.array) -> mx.array:
+    """x, to be used only once ``done`` is computed: mlx would run independent tiles side by side, all in memory."""
+    ready: mx.array = mx.depends(x, list(done))
+    return ready
+
+
+def _faded(
+    kept: Kept, recent: Recent, on_kept: mx.array, on_recent: mx.array, fade: float
+) -> tuple[mx.array, mx.array]:
+    """fade · score + mass for both stores."""
+    live, rows = on_recent.shape[2], recent.score.shape[2]
+    now = fade * recent.score[:, :, :live] + on_recent
+    return fade * kept.score + on_kept, mx.pad(now, [(0, 0), (0, 0), (0, rows - live)])
 
 
 def _column_sums(p: mx.array, fade: mx.array) -> mx.array:
@@ -295,7 +321,9 @@ def _tiles(x: mx.array) -> Iterator[slice]:
 
 def _times_keys(q: mx.array, keys: mx.array) -> mx.array:
     """q [B, h, G, l, D] times keys [B, h, n, D] → [B, h, G, l, n], in float32."""
-    parts = [_dots(q.flatten(2, 3), keys[:, :, t]) for t in _tiles(keys)]
+    parts: list[mx.array] = []
+    for t in _tiles(keys):
+        parts.append(_dots(q.flatten(2, 3), _after(keys[:, :, t], *parts[-1:])))
     joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
     return joined.reshape(*q.shape[:4], keys.shape[2])
 
@@ -305,7 +333,7 @@ def _times_values(p: mx.array, values: mx.array) -> mx.array:
     flat = p.flatten(2, 3)
     total = mx.array(0.0)
     for t in _tiles(values):
-        total = total + flat[..., t] @ values[:, :, t].astype(mx.float32)
+        total = total + flat[..., t] @ _after(values[:, :, t], total).astype(mx.float32)
     return mx.broadcast_to(total, (*flat.shape[:3], values.shape[-1])).reshape(*p.shape[:4], values.shape[-1])
 
 

@@ -162,7 +162,7 @@ class _Probe(ZeroMergeCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.updates += 1
-        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size, str(keys.dtype))
         keys, values = (mx.full(x.shape, mx.nan, x.dtype) for x in (keys, values))  # no mask made of NaN is causal
         self.stand_ins += [keys, values]
         return super().update_and_fetch(keys, values)

@@ -1,6 +1,6 @@
 """The rows of one layer: how N rows per head divide into regions, and what they cost in bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -60,16 +60,16 @@ class Layout:
             ValueError: a head has too few rows (the message says the fewest that work), or the
                 table does not have one number for each head.
         """
-        table = [rows] * heads if isinstance(rows, int) else [int(n) for n in rows]
+        table = [int(n) for n in rows] if isinstance(rows, Iterable) else [int(rows)] * heads
         if len(table) != heads:
             raise ValueError(f"a table of rows per head needs {heads} numbers, one for each KV head, not {len(table)}")
         mean = sum(table) / heads
-        stage = staging if staging is not None else max(1, min(MAX_STAGING, int(mean / 8)))
-        least = residual + stage + 1
+        stage = staging if staging is not None else _staging(mean)
+        least = smallest_rows(residual, staging if len(set(table)) == 1 else stage)
         if min(table) < least:
             raise ValueError(
                 f"a budget of {min(table)} rows per head is too small: the smallest that works here is {least} "
-                f"({residual} residual, {stage} staging, 1 proximity)"
+                f"({residual} residual, {least - residual - 1} staging, 1 proximity)"
             )
         newest = max(1, min(round(proximity * (mean - stage)), min(table) - residual - stage))
         return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage)
@@ -125,3 +125,15 @@ class Layout:
         recent = self.heads * self.recent * (width * itemsize + FLOAT32)  # score
         sums = self.heads * self.residual * (width + 2) * FLOAT32  # sums, squares, spread
         return batch * (kept + recent + sums)
+
+
+def smallest_rows(residual: int, staging: int | None) -> int:
+    """The fewest rows per head that work: all residual rows, the staging region and one proximity row."""
+    rows = residual + (staging or 1) + 1
+    while staging is None and rows < residual + _staging(rows) + 1:
+        rows += 1
+    return rows
+
+
+def _staging(mean: float) -> int:
+    return max(1, min(MAX_STAGING, int(mean / 8)))

@@ -67,6 +67,11 @@ def load_prompt_cache(path: str | os.PathLike[str], model: nn.Module) -> list[An
         found = _shape(cache)
         if found is not None and found != shape:
             raise ValueError(f"{path} was saved for another model: layer {i} holds {found}, the model needs {shape}")
+        if not isinstance(cache.table, int) and len(cache.table) != shape.heads:
+            raise ValueError(
+                f"{path} was saved for another model: layer {i} has rows for {len(cache.table)} KV heads, "
+                f"the model has {shape.heads}"
+            )
     return caches
 
 
@@ -101,7 +106,7 @@ def _shape(cache: ZeroMergeCache) -> LayerShape | None:
     if cache.recent is None:
         return None
     keys, values, _ = cache.recent
-    return LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
+    return LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size, str(keys.dtype))
 
 
 def _checksum(caches: list[Any]) -> int:
