@@ -319,7 +319,7 @@ def test_address_space_of_an_input_depends_on_its_size() -> None:
     (out,) = run(source, {"a": ramp(8), "b": mx.array(1.0)}, {"o": ((8,), mx.float32)}, 8, 8)
     assert out.tolist() == list(range(1, 9))
     with pytest.raises(
-        MetalCompileError, match="'device float' from 'constant float'|device float.*const constant float"
+        MetalCompileError, match=r"'device float' from 'constant float'|device float.*const constant float"
     ):
         run(source, {"a": ramp(7), "b": mx.array(1.0)}, {"o": ((7,), mx.float32)}, 7, 7)
 

@@ -153,7 +153,7 @@ def test_more_than_32_kilobytes_of_threadgroup_memory() -> None:
 
 
 def test_more_than_1024_threads() -> None:
-    with pytest.raises(ValueError, match="planted.*1025.*1024"):
+    with pytest.raises(ValueError, match=r"planted.*1025.*1024"):
         run("o[0] = 1;", {}, {"o": ((1,), mx.float32)}, 1, 1025)
 
 

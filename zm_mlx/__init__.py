@@ -1,7 +1,8 @@
 """Long contexts in a KV cache of fixed size on Apple Silicon: ZeroMerge for mlx-lm."""
 
 from .budget import Budget
-from .cache import UnsupportedModelError, ZeroMergeCache
+from .cache import ZeroMergeCache
+from .errors import UnsupportedModelError
 from .hook import register
 from .plan import Plan, make_prompt_cache, plan_cache
 from .policy import Policy

@@ -2,34 +2,21 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
 
 from . import compress
+from .errors import UnsupportedModelError
 from .layout import Layout
 from .policy import Policy
-from .stores import Kept, Recent
+from .stores import Held, Kept, Recent, held, to_model, to_storage
 
 FORMAT = 1  # of a saved state
 FACTS = ("table", "left", "live", "staged", "exact", "prompt_begin", "prompt_length", "_scale")
 
 Prefill = Literal["exact", "streaming"]
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose attention cannot run on this cache; the message names the model and the reason."""
-
-
-class Held(NamedTuple):
-    """Rows of one head: keys [n, D], values [n, Dv], weight [n], score [n], position [n] (-1 if merged)."""
-
-    keys: mx.array
-    values: mx.array
-    weight: mx.array
-    score: mx.array
-    position: mx.array
 
 
 class ZeroMergeCache:
@@ -187,8 +174,8 @@ class ZeroMergeCache:
             raise UnsupportedModelError(
                 f"queries {queries.shape} do not match the {length} new tokens of {self.layout.heads} KV heads"
             )
-        queries, keys, values = (self._sorted(x, 1) for x in (queries, keys, values))
-        sinks = None if sinks is None else self._sorted(sinks, 0)
+        queries, keys, values = (to_storage(x, self.layout, 1) for x in (queries, keys, values))
+        sinks = None if sinks is None else to_storage(sinks, self.layout, 0)
         outputs: list[mx.array] = []
         begin = 0
         while begin < length:
@@ -202,7 +189,7 @@ class ZeroMergeCache:
         out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
         # Decode evaluates only its token: without this, state it does not depend on piles up as graph.
         out = mx.depends(out, [x for x in self._arrays() if x is not None])
-        return self._sorted(out, 1, back=True)
+        return to_model(out, self.layout, 1)
 
     def _room(self) -> int:
         """Tokens until the next event: the end of an exact prompt, or a full staging region."""
@@ -328,18 +315,6 @@ class ZeroMergeCache:
         if new != self._shape():
             raise ValueError(f"new keys and values {new} (batch, heads, dims, dtype) do not fit {self._shape()}")
 
-    def _sorted(self, x: mx.array, axis: int, back: bool = False) -> mx.array:
-        """Heads from the model's order into storage order, or back."""
-        assert self.layout is not None
-        if self.layout.in_model_order:
-            return x
-        heads = self.layout.heads
-        order = list(self.layout.order)
-        if back:
-            order = sorted(range(heads), key=order.__getitem__)
-        split = x.reshape(*x.shape[:axis], heads, x.shape[axis] // heads, *x.shape[axis + 1 :])
-        return mx.take(split, mx.array(order), axis=axis).reshape(x.shape)
-
     def _arrays(self) -> list[mx.array | None]:
         stores = (*self.recent, *self.kept) if self.recent and self.kept else ()
         return [*stores, self._queries, self._sinks]
@@ -348,14 +323,7 @@ class ZeroMergeCache:
         """The live rows of one KV head (in the model's order): kept rows, then recent ones."""
         if self.layout is None or self.recent is None or self.kept is None:
             raise ValueError("the cache is empty")
-        stored = self.layout.order.index(head)
-        begin, end = self.layout.starts[stored : stored + 2]
-        rows = slice(begin, min(end, begin + self.left))
-        k, r = self.kept, [x[batch, stored, : self.live] for x in self.recent]
-        ones = mx.ones((self.live,))
-        position = mx.arange(self.left, self.left + self.live, dtype=mx.int32)
-        pairs = zip(k[:5], (r[0], r[1], ones, r[2], position), strict=True)
-        return Held(*(mx.concatenate([x[batch, rows], y]) for x, y in pairs))
+        return held(self.kept, self.recent, self.layout, self.left, self.live, head, batch)
 
     # ---- mlx-lm's protocol
 

@@ -18,7 +18,8 @@ from mlx_lm.utils import load
 from tqdm import tqdm
 
 from .budget import Budget
-from .cache import UnsupportedModelError, ZeroMergeCache
+from .cache import ZeroMergeCache
+from .errors import UnsupportedModelError
 from .hook import replace_caches
 from .plan import Plan, context_of, plan_cache
 from .report import Run, comparison, plan_lines, run_lines

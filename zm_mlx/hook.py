@@ -18,7 +18,8 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .budget import LayerShape
-from .cache import UnsupportedModelError, ZeroMergeCache
+from .cache import ZeroMergeCache
+from .errors import UnsupportedModelError
 
 NAME = "scaled_dot_product_attention"
 PROBE_CALLS = (3, 1)  # tokens

@@ -1,4 +1,4 @@
-"""The arrays of one layer's cache (design: two stores, one rectangular, one ragged over heads)."""
+"""The arrays of one layer's cache: two stores, one rectangular, one ragged over heads."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -90,3 +90,41 @@ class Kept(NamedTuple):
         flat = [p.with_rows([x.flatten(1, 2) for x in p.rows]) for p in parts]
         joined = [xs[0] if len(xs) == 1 else mx.concatenate(list(xs), axis=1) for xs in zip(*flat, strict=True)]
         return cls(*joined)
+
+
+class Held(NamedTuple):
+    """Rows of one head: keys [n, D], values [n, Dv], weight [n], score [n], position [n] (-1 if merged)."""
+
+    keys: mx.array
+    values: mx.array
+    weight: mx.array
+    score: mx.array
+    position: mx.array
+
+
+def held(kept: Kept, recent: Recent, layout: Layout, left: int, live: int, head: int, batch: int) -> Held:
+    """The live rows of one of the model's heads: kept rows, then recent ones."""
+    stored = layout.order.index(head)
+    begin, end = layout.starts[stored : stored + 2]
+    rows = slice(begin, min(end, begin + left))
+    keys, values, score = (x[batch, stored, :live] for x in recent)
+    position = mx.arange(left, left + live, dtype=mx.int32)
+    pairs = zip(kept.rows, (keys, values, mx.ones((live,)), score, position), strict=True)
+    return Held(*[mx.concatenate([x[batch, rows], y]) for x, y in pairs])
+
+
+def to_storage(x: mx.array, layout: Layout, axis: int) -> mx.array:
+    """KV heads, or the query heads of each, from the model's order into the order of storage."""
+    return _reorder(x, layout, axis, layout.order)
+
+
+def to_model(x: mx.array, layout: Layout, axis: int) -> mx.array:
+    """The inverse of ``to_storage``."""
+    return _reorder(x, layout, axis, sorted(range(layout.heads), key=layout.order.__getitem__))
+
+
+def _reorder(x: mx.array, layout: Layout, axis: int, order: Sequence[int]) -> mx.array:
+    if layout.in_model_order:
+        return x
+    split = x.reshape(*x.shape[:axis], layout.heads, x.shape[axis] // layout.heads, *x.shape[axis + 1 :])
+    return mx.take(split, mx.array(list(order)), axis=axis).reshape(x.shape)
