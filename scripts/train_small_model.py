@@ -1,12 +1,22 @@
 """Train the small LLaMA that ships with the package (PyTorch, CPU or GPU).
 
     pip install torch==2.13.0 tokenizers safetensors
-    python scripts/train_small_model.py --corpus /tmp/corpus --out /tmp/small --minutes 110
-    python scripts/train_small_model.py --corpus /tmp/corpus --out /tmp/small --resume
+    python scripts/train_small_model.py --corpus /tmp/corpus --out /tmp/small --minutes 104
+    python scripts/train_small_model.py --corpus /tmp/corpus --out /tmp/small --minutes 104 --resume
+    python scripts/eval_small_model.py --corpus /tmp/corpus --model /tmp/small/model --documents 3
 
 Muon for matrices and AdamW for embeddings and norms, a curriculum of lengths 256, 1,024, 2,048,
-4,096 by share of the training time, 8,192 tokens a step. A checkpoint is written every few minutes
-and on Ctrl-C; ``--resume`` continues from it.
+4,096 by share of the training time, 4,096 to 8,192 tokens a step. A checkpoint is written every
+three minutes, on Ctrl-C and when killed; ``--resume`` continues from it.
+
+The model in ``zm_mlx/small_model``: 3.48M parameters, 104 minutes on two shared cores of a server CPU,
+21.4M tokens; resumed twice on the way with another ``--minutes`` (112 and 122 at first), so one
+uninterrupted run ends a little differently. Measured with the last command above, held-out text and
+names, 8 facts of 5 digits, greedy exact match over all 14 templates, 336 questions a distance:
+
+    distance    1,024   2,048   3,500          context      128    256    512  1,024  2,048  4,095
+    recall      .988    .997    .967           perplexity  13.51   9.01   7.96  7.45   6.94   6.74
+    (± .006, .003, .010; "The code for <name> is <digits>." alone 1.000 at each distance)
 """
 
 import argparse
@@ -173,6 +183,7 @@ def export(model, tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"model.{k}": v.detach().half().contiguous().cpu() for k, v in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
