@@ -251,9 +251,7 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[nn.Module, A
         raise
     except Exception as error:  # the loader, the Hub's client and the network fail in many ways
         if Path(name).exists():
-            raise UserError(
-                f"--model {name}: this folder cannot be loaded ({type(error).__name__}: {error})"
-            ) from error
+            raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {error})") from error
         raise UserError(
             f"--model {name}: not a local folder, and the Hugging Face Hub does not have it or cannot be reached; "
             f"check the name and the network ({type(error).__name__}: {error})"
