@@ -7,7 +7,8 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
 
-from . import compress
+from . import backend
+from .compress import block_length
 from .errors import UnsupportedModelError
 from .layout import Layout
 from .policy import Policy
@@ -36,6 +37,7 @@ class ZeroMergeCache:
         prefill: "streaming" compacts as tokens arrive; "exact" keeps the prompt whole until
             ``prompt_length`` tokens were seen (or ``finish_prompt`` is called) and compacts once.
         prompt_length: tokens of the prompt, where known.
+        kernels: "metal" or "ops" instead of what ``zm_mlx.backend`` would choose.
 
     Raises:
         ValueError: rows below the smallest number that works, or a bad prefill or prompt_length.
@@ -48,10 +50,12 @@ class ZeroMergeCache:
         policy: Policy | None = None,
         prefill: Prefill = "streaming",
         prompt_length: int | None = None,
+        kernels: backend.Mode | None = None,
     ) -> None:
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
         self.policy = policy or Policy()
+        self.kernels = kernels and backend.mode(kernels)
         self.table = tuple(int(n) for n in rows) if isinstance(rows, Iterable) else int(rows)
         self._layout_of(1 if isinstance(self.table, int) else len(self.table))
         self._start()
@@ -107,7 +111,7 @@ class ZeroMergeCache:
         if self.layout is None or self._queries is None:
             return
         rows = self._rows(self._scale, self._sinks)
-        self._commit(*compress.score(self._queries, tokens=self._prompt_seen, **rows))
+        self._commit(*backend.score(self._queries, tokens=self._prompt_seen, **rows))
         self._queries = self._sinks = None
         seen, whole = self.left + self.live, self.layout.capacity
         self.staged = (seen - whole) % self.layout.staging if seen <= whole else 0
@@ -211,7 +215,7 @@ class ZeroMergeCache:
         """Attend, commit the scores, compact where a compaction is due."""
         assert self.layout is not None
         if not self.exact:
-            out, *scores = compress.attend(queries, **self._rows(scale, sinks))
+            out, *scores = backend.attend(queries, **self._rows(scale, sinks))
             self._commit(*scores)
             self.staged += queries.shape[2]
             if self.staged == self.layout.staging:
@@ -230,10 +234,10 @@ class ZeroMergeCache:
         """Attention in an exact prefill: mlx's own, as long as all rows are in the recent store."""
         assert self.recent is not None
         if self.left:
-            return compress.attend(queries, **self._rows(scale, sinks))[0]
+            return backend.attend(queries, **self._rows(scale, sinks))[0]
         length, live = queries.shape[2], self.live
         # On the CPU mlx materialises the logits.
-        step = length if mx.default_device() == mx.gpu else compress.block_length(queries, live)
+        step = length if mx.default_device() == mx.gpu else block_length(queries, live)
         outputs: list[mx.array] = []
         for begin in range(0, length, step):
             block = queries[:, :, begin : begin + step]
@@ -258,6 +262,7 @@ class ZeroMergeCache:
             "policy": self.policy,
             "scale": scale,
             "sinks": sinks,
+            "kernels": self.kernels,
         }
 
     def _commit(self, kept_score: mx.array, recent_score: mx.array) -> None:
@@ -270,8 +275,14 @@ class ZeroMergeCache:
         assert self.layout is not None and self.recent is not None and self.kept is not None
         leaving = max(0, self.live - self.layout.proximity - self.staged)
         if leaving:
-            self.kept = compress.compact(
-                self.kept, self.recent, left=self.left, leaving=leaving, layout=self.layout, policy=self.policy
+            self.kept = backend.compact(
+                self.kept,
+                self.recent,
+                left=self.left,
+                leaving=leaving,
+                layout=self.layout,
+                policy=self.policy,
+                kernels=self.kernels,
             )
         stay = [x[:, :, leaving : self.live] for x in self.recent]
         self.left, self.live = self.left + leaving, self.live - leaving
@@ -356,6 +367,7 @@ class ZeroMergeCache:
             raise ValueError("the cache was saved by another version of zm_mlx")
         self.policy = Policy(**facts.pop("policy"))
         self._start()
+        self.kernels = None
         for name in FACTS:
             setattr(self, name, facts[name])
         self.table = self.table if isinstance(self.table, int) else tuple(self.table)

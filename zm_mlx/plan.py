@@ -7,6 +7,7 @@ from typing import Any, Literal
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 
+from .backend import Mode
 from .budget import Budget, LayerShape, layout, resolve
 from .cache import Prefill, ZeroMergeCache
 from .hook import probe, replace_caches
@@ -44,13 +45,19 @@ class Plan:
         """Bytes that uncompressed caches of the same layers would hold for ``tokens`` tokens."""
         return tokens * sum(s.token_bytes for s in self.shapes)
 
-    def caches(self, model: nn.Module) -> list[Any]:
+    def caches(self, model: nn.Module, kernels: Mode | None = None) -> list[Any]:
         """One cache per layer of the model, for its ``cache`` or mlx-lm's ``prompt_cache`` argument."""
 
         def make(i: int) -> ZeroMergeCache:
             rows = self.layouts[i].rows
             uniform = rows[0] if len(set(rows)) == 1 else rows
-            return ZeroMergeCache(uniform, policy=self.policy, prefill=self.prefill, prompt_length=self.prompt_length)
+            return ZeroMergeCache(
+                uniform,
+                policy=self.policy,
+                prefill=self.prefill,
+                prompt_length=self.prompt_length,
+                kernels=kernels,
+            )
 
         return replace_caches(mlx_lm_make_prompt_cache(model), make)
 
@@ -109,6 +116,7 @@ def make_prompt_cache(
     max_tokens: int = 0,
     head_rows: HeadRows | None = None,
     policy: Policy | None = None,
+    kernels: Mode | None = None,
 ) -> list[Any]:
     """Caches of fixed size for any mlx-lm model, one per layer; attaches the attention hook for them.
 
@@ -127,6 +135,7 @@ def make_prompt_cache(
         max_tokens: tokens to generate; only a budget of "auto" uses it.
         head_rows: rows of each KV head of each layer with full attention, instead of a budget.
         policy: settings of the method; the defaults need no tuning.
+        kernels: "metal" or "ops"; without it Metal where there is a GPU (see ``zm_mlx.backend``).
 
     Raises:
         ValueError: the budget, the table or a setting does not work (the message says what does).
@@ -141,7 +150,7 @@ def make_prompt_cache(
         head_rows=head_rows,
         policy=policy,
     )
-    return made.caches(model)
+    return made.caches(model, kernels)
 
 
 def context_of(model: nn.Module) -> int | None:

@@ -1,0 +1,286 @@
+"""The Metal kernels of compaction, executed from their source, against the plain ops."""
+
+import metal_host
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TOLERANCE, f64
+
+from zm_mlx import compress
+from zm_mlx.cache import ZeroMergeCache
+from zm_mlx.kernels import _common
+from zm_mlx.kernels.compact import MAX_REACH, compact
+from zm_mlx.layout import Layout
+from zm_mlx.policy import Policy
+from zm_mlx.stores import Kept, Recent
+
+FLOATS = [mx.float32, mx.float16, mx.bfloat16]
+DIMS = [(64, 128), (80, 64), (96, 96), (128, 80), (256, 256)]
+TABLES = [(9, 9), (30, 5, 0), (40, 0, 0), (0, 0), (17, 16, 15, 1)]  # context rows of the heads
+# Each dtype with each pair of dims.
+COVERING = [(FLOATS[i % 3], *DIMS[i % 5], (4, 1, 0, 3, 17)[i // 3], TABLES[(i + i // 5) % 5]) for i in range(15)]
+RING = 5120  # scores that stay in threadgroup memory
+
+
+def name(case):
+    return "-".join(str(x).rpartition(".")[2] for x in case[:4]) + "-" + "_".join(map(str, case[4]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def executor():
+    with metal_host.installed():
+        _common.kernel.cache_clear()
+        yield
+        _common.kernel.cache_clear()
+
+
+def arriving(layout, dim, value_dim, dtype, rng, *, leaving, batch=3, rows=None, levels=0):
+    """A recent store; what does not leave is not a number. ``levels`` > 0: scores with many ties."""
+    shape = (batch, layout.heads, rows or leaving + 2)
+    keys, values = (rng.standard_normal((*shape, d)).astype(np.float32) for d in (dim, value_dim))
+    score = (rng.integers(0, levels, shape) / 8 if levels else rng.random(shape)).astype(np.float32)
+    for x in (keys, values, score):
+        x[:, :, leaving:] = np.nan
+    return Recent(mx.array(keys).astype(dtype), mx.array(values).astype(dtype), mx.array(score))
+
+
+def run(kept, recent, *, seed=0, trace=False, **how):
+    with metal_host.options(seed=seed, trace=trace), metal_host.record() as launches:
+        new = compact(kept, recent, **how)
+    assert all(launch.copied == [] for launch in launches), "a launch copies what it reads"
+    if trace:
+        assert not any(b.unwritten for launch in launches for b in launch.buffers.values() if b.written)
+    return new, {launch.name: launch for launch in launches}
+
+
+def assert_same(new, expected, layout, dtype):
+    """Bits of raw rows, scores, weights and positions; merged rows within rounding."""
+    residual = np.zeros(layout.starts[-1], bool)
+    for begin in layout.starts[:-1]:
+        residual[begin : begin + layout.residual] = True
+    for field, x, y in zip(Kept._fields, new, expected, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype, field
+        x, y = f64(x), f64(y)
+        if field in ("weight", "score", "position"):
+            np.testing.assert_array_equal(x, y, err_msg=field)
+        elif field in ("keys", "values"):
+            np.testing.assert_array_equal(x[:, ~residual], y[:, ~residual], err_msg=field)
+            np.testing.assert_allclose(x, y, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=field)
+        else:
+            scale = max(1, np.abs(y).max(initial=0)) if field.endswith("sum") else 1
+            np.testing.assert_allclose(x, y, atol=2e-5 * scale, rtol=1e-4, err_msg=field)
+
+
+def undecided(kept, recent, layout, left, leaving):
+    """Whether two residual rows are so nearly the nearest of a row that the order of a sum decides."""
+    for h, (begin, end) in enumerate(zip(layout.starts, layout.starts[1:], strict=False)):
+        context = begin + layout.residual
+        if layout.residual > 1 and left > end - begin:
+            rows = np.concatenate([f64(kept.keys[:, context:end]), f64(recent.keys[:, h, :leaving])], axis=1)
+            dots = np.sort(rows @ f64(kept.keys[:, begin:context]).swapaxes(-1, -2), axis=-1)
+            if (dots[..., -1] - dots[..., -2]).min() < 1e-5:
+                return True
+    return False
+
+
+def live(case, *, pool=5, leaving=7, steps=7, trace=False, levels=0, batch=3):
+    """The life of a store, from empty to merging, each step from the same state and in another schedule."""
+    dtype, dim, value_dim, residual, table = case
+    layout = Layout(residual, tuple(sorted(table, reverse=True)), 2, 3)
+    rng = np.random.default_rng(dim + residual)
+    kept = Kept.empty(batch, layout, dim, value_dim, dtype)
+    for step in range(steps):
+        recent = arriving(layout, dim, value_dim, dtype, rng, leaving=leaving, levels=levels, batch=batch)
+        while undecided(kept, recent, layout, leaving * step, leaving):
+            recent = arriving(layout, dim, value_dim, dtype, rng, leaving=leaving, levels=levels, batch=batch)
+        how = {"left": leaving * step, "leaving": leaving, "layout": layout, "policy": Policy(pool=pool)}
+        expected = compress.compact(kept, recent, **how)
+        new, _ = run(kept, recent, seed=step, trace=trace, **how)
+        assert_same(new, expected, layout, dtype)
+        kept = expected
+
+
+@pytest.mark.parametrize("case", COVERING, ids=name)
+def test_every_phase_of_every_head_equals_the_plain_ops(case):
+    live(case)
+
+
+@pytest.mark.parametrize("case", [COVERING[i] for i in (1, 5, 8, 11)], ids=name)
+def test_no_races(case):
+    live(case, trace=True, pool=13)
+
+
+@pytest.mark.parametrize("pool", [1, 3, 13, 101])
+@pytest.mark.parametrize("leaving", [1, 5, 32, 60])
+def test_ties_go_to_the_older_row(pool, leaving):
+    live((mx.float32, 64, 64, 2, (33, 20, 0)), pool=pool, leaving=leaving, steps=5, levels=3, batch=2)
+
+
+@pytest.mark.parametrize("left", [4, 60])
+def test_weights_are_kept_until_rows_are_selected(left):
+    layout = Layout(4, (20, 20), 2, 3)
+    kept = Kept.empty(2, layout, 64, 64, mx.float32)
+    kept = kept._replace(weight=mx.arange(1, 97, dtype=mx.float32).reshape(2, 48) * 1e4)
+    recent = arriving(layout, 64, 64, mx.float32, np.random.default_rng(0), leaving=3, batch=2)
+    how = {"left": left, "leaving": 3, "layout": layout, "policy": Policy()}
+    new, _ = run(kept, recent, **how)
+    assert_same(new, compress.compact(kept, recent, **how), layout, mx.float32)
+
+
+def test_one_compaction_of_a_whole_prompt():
+    """``exact``: nothing kept yet, and 200 rows leave at once."""
+    live((mx.float16, 64, 64, 4, (100, 30, 0)), leaving=200, steps=2, pool=13)
+
+
+def chosen(score, count, pool, *, kept_rows=0, **how):
+    """Positions that the kernel chooses of one head's scores, the first ``kept_rows`` of them context rows."""
+    layout = Layout(0, (count,), 1, 1)
+    kept = Kept.empty(1, layout, 64, 64, mx.float16)
+    old = count if kept_rows else 0
+    if old:
+        kept = kept._replace(score=mx.array(score[None, :old]), position=mx.arange(old, dtype=mx.int32)[None])
+    rows = mx.zeros((1, 1, len(score) - old, 64), mx.float16)
+    recent = Recent(rows, rows, mx.array(score[None, None, old:]))
+    new, launches = run(
+        kept, recent, left=old, leaving=len(score) - old, layout=layout, policy=Policy(residual=0, pool=pool), **how
+    )
+    assert "zm_compact" in launches
+    return np.array(new.position[0])
+
+
+def assert_chosen(score, count, pool, **how):
+    expected, _ = compress.select(mx.array(score), count, pool)
+    np.testing.assert_array_equal(chosen(score, count, pool, **how), np.array(expected))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_the_chosen_rows_are_exactly_those_of_the_plain_ops(data):
+    n = data.draw(st.integers(2, 80))
+    values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e38, np.inf, -np.inf, 0.1, 0.1000000015])
+    score = np.array(data.draw(st.lists(values, min_size=n, max_size=n)), np.float32)
+    count, pool = data.draw(st.integers(1, n - 1)), data.draw(st.sampled_from([1, 3, 7, 13, 199]))
+    assert_chosen(score, count, pool, kept_rows=data.draw(st.booleans()))
+
+
+def test_scores_that_differ_in_the_last_bit_do_not_tie():
+    for base in (0x3F800000, 0x00000000, 0x3FBFFC00, 0x7F7FF000):  # around 1, denormal, at edges of digits
+        bits = base + np.random.default_rng(base).permutation(3000).astype(np.uint32) % 2100
+        assert_chosen(bits.astype(np.uint32).view(np.float32), 1000, 1)
+
+
+def test_equal_scores_of_many_rows():
+    score = np.zeros(3000, np.float32)
+    score[::2] = -0.0
+    for count in (1, 1023, 1024, 1025, 2999):
+        for pool in (1, 13):
+            assert chosen(score, count, pool).tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("n", [RING - 6, RING - 1, RING, RING + 1, 2 * RING - 12, 2 * RING - 11])
+@pytest.mark.parametrize("pool", [1, 13])
+def test_pools_around_the_size_of_threadgroup_memory(n, pool):
+    score = np.random.default_rng(n).integers(0, 1000, n).astype(np.float32)
+    assert_chosen(score, n // 3, pool)
+
+
+@pytest.mark.parametrize("n", [RING - 100, RING + 2000])
+def test_the_widest_pool_that_the_kernel_serves(n):
+    score = np.random.default_rng(n).random(n).astype(np.float32)
+    assert_chosen(score, 300, 2 * MAX_REACH + 1)
+
+
+def test_a_hundred_thousand_rows():
+    score = np.random.default_rng(0).random(100_000).astype(np.float32) ** 8
+    assert_chosen(score, 10_000, 13)
+
+
+def test_what_the_kernels_do_not_serve_takes_the_plain_ops():
+    rng = np.random.default_rng(0)
+    for layout, pool in ((Layout(2, (9,), 2, 3), 9001), (Layout(65, (9,), 2, 3), 13)):
+        recent = arriving(layout, 64, 64, mx.float32, rng, leaving=5000)
+        kept = Kept.empty(3, layout, 64, 64, mx.float32)
+        _, launches = run(kept, recent, left=0, leaving=5000, layout=layout, policy=Policy(pool=pool))
+        assert not launches
+
+
+def test_without_kept_rows_nothing_happens():
+    layout = Layout(0, (0, 0), 2, 3)
+    kept = Kept.empty(1, layout, 64, 64, mx.float32)
+    recent = arriving(layout, 64, 64, mx.float32, np.random.default_rng(0), leaving=3, batch=1)
+    new, launches = run(kept, recent, left=0, leaving=3, layout=layout, policy=Policy(residual=0))
+    assert new is kept and not launches
+
+
+def traffic(launches):
+    return sum(launch.device_bytes_read + launch.device_bytes_written for launch in launches.values())
+
+
+@pytest.mark.parametrize("heads", [2, 8])  # few heads make small inputs, which lie in another address space
+@pytest.mark.parametrize("dim", [64, 128])
+def test_survivors_move_once_while_decoding(heads, dim):
+    layout = Layout.of(256, heads)
+    rng, leaving = np.random.default_rng(0), layout.staging
+    kept = Kept.empty(1, layout, dim, dim, mx.float16)
+    first = arriving(layout, dim, dim, mx.float16, rng, leaving=300, batch=1)
+    how = {"layout": layout, "policy": Policy()}
+    kept = compress.compact(kept, first, left=0, leaving=300, **how)
+    recent = arriving(layout, dim, dim, mx.float16, rng, leaving=leaving, batch=1)
+    _, launches = run(kept, recent, left=300, leaving=leaving, trace=True, **how)
+    context, row = layout.context[0], 4 * dim  # bytes of a key and a value
+    score, victim = 4 * heads * (context + leaving), heads * leaving
+    moved = 2 * heads * (context + 4) * (row + 12)  # keys, values, weight, score and position, in and out
+    merge = launches.pop("zm_merge")
+    assert traffic(launches) <= 1.2 * (moved + score)
+    assert sum(launches["zm_compact_select"].buffers[x].read for x in ("score", "recent_score")) == score
+    read = sum(merge.buffers[x].read for x in ("keys", "values", "recent_keys", "recent_values"))
+    assert read <= 1.1 * victim * row + 4 * heads * row
+    sums = 2 * heads * 4 * (2 * dim + 3) * 4 + heads * 4 * row * 1.5
+    assert traffic({"merge": merge}) <= 1.2 * (victim * (row + 4) + sums)
+
+
+def test_a_prompt_is_scored_from_at_most_five_reads():
+    layout, n = Layout.of(256, 1), RING + 1000
+    recent = arriving(layout, 64, 64, mx.float16, np.random.default_rng(0), leaving=n, batch=1)
+    kept = Kept.empty(1, layout, 64, 64, mx.float16)
+    _, launches = run(kept, recent, left=0, leaving=n, layout=layout, policy=Policy(), trace=True)
+    reads = {x: launch.buffers["recent_score"].read / (4 * n) for x, launch in launches.items()}
+    assert reads["zm_compact_select"] == 4 and sum(reads.values()) <= 5
+    merge = launches["zm_merge"]
+    assert sum(merge.buffers[f"recent_{x}"].read for x in ("keys", "values")) == 256 * (n - layout.context[0])
+
+
+@pytest.mark.parametrize("prefill", ["streaming", "exact"])
+def test_a_cache_that_compacts_by_kernels_answers_the_same(prefill, monkeypatch):
+    """Also shows that the arrays of a cache reach the kernels without a copy."""
+    rng = np.random.default_rng(3)
+    tokens = [mx.array(rng.standard_normal((2, 4 if i == 0 else 2, 100, 64)).astype(np.float32)) for i in range(3)]
+
+    def answer():
+        table = (40, 70)
+        cache = ZeroMergeCache(table, prefill=prefill, prompt_length=90 if prefill == "exact" else None)
+        outputs = []
+        for begin, end in [(0, 40), (40, 90), *((i, i + 1) for i in range(90, 100))]:
+            q, k, v = (x[:, :, begin:end] for x in tokens)
+            outputs.append(cache.attend(q, *cache.update_and_fetch(k, v), 0.3))
+        return mx.concatenate(outputs, axis=2), cache.kept.position
+
+    expected, plain = answer(), compress.compact
+    monkeypatch.setattr(compress, "compact", lambda kept, recent, **how: run(kept, recent, **how)[0])
+    got = answer()
+    monkeypatch.setattr(compress, "compact", plain)
+    assert mx.array_equal(got[1], expected[1])
+    np.testing.assert_allclose(f64(got[0]), f64(expected[0]), atol=2e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("table", TABLES, ids=str)
+@pytest.mark.parametrize("residual", [0, 1, 4, 64])
+@pytest.mark.parametrize("dims", [*DIMS, (128, 128), (64, 64), (96, 256)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float16", "bfloat16"])
+def test_every_shape(dtype, dims, residual, table):
+    for leaving, pool in ((7, 5), (40, 13)):
+        live((dtype, *dims, residual, table), leaving=leaving, pool=pool)
+    live((dtype, *dims, residual, table), trace=True)

@@ -1,0 +1,81 @@
+"""Whole generations through the Metal kernels, executed from their own source."""
+
+import warnings
+from pathlib import Path
+
+import metal_host
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+
+import zm_mlx
+from zm_mlx import backend
+from zm_mlx.generate import DEFAULT_MODEL, mlx_lm_generate
+from zm_mlx.kernels import check
+from zm_mlx.kernels._common import kernel
+
+PROMPT_TOKENS, NEW_TOKENS, BUDGET = 1000, 64, 100
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = load(DEFAULT_MODEL)
+    model.set_dtype(mx.float32)
+    text = (Path(zm_mlx.__file__).parent / "compress.py").read_text()
+    return model, tokenizer.encode(text)[:PROMPT_TOKENS]
+
+
+@pytest.fixture
+def executor():
+    """The kernels of this process run on the executor; nothing of it is left behind."""
+    with metal_host.installed():
+        kernel.cache_clear()
+        backend._verified.cache_clear()
+        yield
+    kernel.cache_clear()
+    backend._verified.cache_clear()
+
+
+def tokens(model, prompt, kernels, prefill, chunk=512):
+    caches = zm_mlx.make_prompt_cache(model, BUDGET, prompt_length=len(prompt), prefill=prefill, kernels=kernels)
+    steps = mlx_lm_generate.generate_step(
+        mx.array(prompt), model, prompt_cache=caches, max_tokens=NEW_TOKENS, prefill_step_size=chunk
+    )
+    return [token for token, _ in steps], caches
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_generation_through_the_kernels_is_token_identical_to_the_plain_ops(loaded, executor, prefill):
+    model, prompt = loaded
+    expected, plain = tokens(model, prompt, "ops", prefill)
+    with warnings.catch_warnings(), metal_host.record() as launches:
+        warnings.simplefilter("error")  # a kernel that was left out would pass for the plain ops
+        found, caches = tokens(model, prompt, "metal", prefill)
+    names = {launch.name for launch in launches}
+    assert {"zm_attend", "zm_score"} <= names, names
+    assert found == expected and len(found) == NEW_TOKENS
+    for ours, theirs in zip(caches, plain, strict=True):
+        assert ours.offset == theirs.offset == PROMPT_TOKENS + NEW_TOKENS
+        assert mx.array_equal(ours.held(0).position, theirs.held(0).position)
+
+
+def test_a_wrong_kernel_is_left_out_with_a_warning_and_the_text_stays_right(loaded, executor, monkeypatch):
+    model, prompt = loaded
+    expected, _ = tokens(model, prompt[:200], "ops", "streaming")
+    right = check.kernel_of("attend")
+    monkeypatch.setattr("zm_mlx.kernels.attend.attend", lambda *a, **k: (right(*a, **k)[0] * 1.1, *right(*a, **k)[1:]))
+    with pytest.warns(UserWarning, match="'attend' is left out"):
+        found, _ = tokens(model, prompt[:200], "metal", "streaming")
+    assert found == expected
+
+
+def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(loaded, executor, monkeypatch):
+    model, prompt = loaded
+
+    def fails(*_, **__):
+        raise RuntimeError("no such builtin")
+
+    monkeypatch.setattr("zm_mlx.kernels.compact.compact", fails)
+    with pytest.warns(UserWarning, match=r"'compact' is left out .*no such builtin"):
+        found, _ = tokens(model, prompt[:200], "metal", "streaming")
+    assert len(found) == NEW_TOKENS

@@ -1,0 +1,143 @@
+"""``python -m zm_mlx.doctor``: every Metal kernel against the plain ops on this machine.
+
+Prints a table of errors and times and ends with one line for a bug report: chip, system, versions,
+each kernel OK or not. Exit code 1 if a kernel is wrong.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import product
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from . import __version__, backend
+from .kernels import check
+from .kernels._common import metal_folder
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 4, 7)
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one combination of dtype and shapes; times in milliseconds."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    groups: int
+    rows: int
+    error: float
+    kernel_ms: float
+    ops_ms: float
+    complaint: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zm_mlx.doctor",
+        description="Check the Metal kernels on this machine against plain MLX operations",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON document instead of the table")
+    parser.add_argument("--rows", type=int, default=1024, help="Rows per KV head (default: 1024)")
+    args = parser.parse_args(argv)
+    if args.rows < 64:
+        parser.error(f"--rows must be 64 or more, not {args.rows}")
+    rows = examine(args.rows) if backend.has_metal() else []
+    if args.json:
+        print(json.dumps({"machine": machine(), "metal": backend.has_metal(), "rows": [asdict(r) for r in rows]}))
+    else:
+        print(table(rows))
+    print(summary(rows), file=sys.stderr if args.json else sys.stdout)
+    return 1 if any(r.complaint for r in rows) else 0
+
+
+def examine(count: int, dtypes: Any = DTYPES, head_dims: Any = HEAD_DIMS, groups: Any = GROUPS) -> list[Row]:
+    """All kernels over all combinations, ``count`` rows per head."""
+    found = []
+    for name, dtype, dim, group in tqdm(
+        list(product(check.NAMES, dtypes, head_dims, groups)), unit="case", leave=False
+    ):
+        case = check.Case(dtype, dim, dim, group, rows=count)
+        try:
+            outcome = check.compare(name, case)
+            error, complaint = outcome.error, outcome.complaint
+            times = _times(name, case)
+        except Exception as failure:  # whatever a shader compiler says belongs into the report
+            error, complaint, times = float("inf"), f"{type(failure).__name__}: {failure}", (0.0, 0.0)
+        found.append(Row(name, str(dtype).rpartition(".")[2], dim, group, count, error, *times, complaint))
+    return found
+
+
+def _times(name: str, case: check.Case) -> tuple[float, float]:
+    arguments, how = check.inputs(name, case)
+    return _milliseconds(check.kernel_of(name), arguments, how), _milliseconds(check.twin_of(name), arguments, how)
+
+
+def _milliseconds(call: Callable[..., Any], arguments: list[Any], how: dict[str, Any]) -> float:
+    mx.eval(arguments)
+    taken = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        mx.eval(call(*arguments, **how))
+        taken.append(1e3 * (time.perf_counter() - begin))
+    return median(taken)
+
+
+def table(rows: list[Row]) -> str:
+    if not rows:
+        return f"No Metal GPU here: the kernels in {metal_folder()} were not run, plain MLX operations compute."
+    lines = [f"{'kernel':<14}{'dtype':<10}{'D':>5}{'G':>4}{'rows':>7}{'error':>9}{'kernel ms':>11}{'ops ms':>9}  "]
+    for r in rows:
+        verdict = "OK" if not r.complaint else r.complaint
+        lines.append(
+            f"{r.kernel:<14}{r.dtype:<10}{r.head_dim:>5}{r.groups:>4}{r.rows:>7}{r.error:>9.2g}"
+            f"{r.kernel_ms:>11.3f}{r.ops_ms:>9.3f}  {verdict}"
+        )
+    return "\n".join([*lines, "(error: largest difference from the plain ops, 1 is the limit)"])
+
+
+def machine() -> dict[str, str]:
+    """Chip, system and versions."""
+    chip = mx.device_info().get("device_name", platform.processor() or platform.machine())
+    mac = platform.mac_ver()[0]
+    return {
+        "zm_mlx": __version__,
+        "chip": str(chip),
+        "system": f"macOS {mac}" if mac else platform.platform(terse=True),
+        "mlx": version("mlx"),
+        "mlx-lm": version("mlx-lm"),
+    }
+
+
+def summary(rows: list[Row]) -> str:
+    """The line for a bug report."""
+    facts = machine()
+    words = [
+        f"zm_mlx {facts['zm_mlx']}",
+        facts["chip"],
+        facts["system"],
+        f"mlx {facts['mlx']}",
+        f"mlx-lm {facts['mlx-lm']}",
+    ]
+    for name in check.NAMES:
+        mine = [r for r in rows if r.kernel == name]
+        bad = [r for r in mine if r.complaint]
+        words.append(f"{name} {'not run' if not mine else 'OK' if not bad else f'WRONG in {len(bad)} of {len(mine)}'}")
+    return " | ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
