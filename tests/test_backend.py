@@ -42,6 +42,13 @@ def test_head_dims_without_a_kernel_take_the_plain_ops_and_say_so_once():
     assert len(caught) == 1
 
 
+def test_queries_of_another_dtype_than_the_rows_take_the_plain_ops(monkeypatch):
+    monkeypatch.setattr(backend, "_verified", lambda *_: pytest.fail("a kernel was chosen"))
+    (queries, kept, recent), how = check.inputs("attend", check.Case(mx.float16, 64, 64, 2))
+    out, *_ = backend.attend(queries.astype(mx.float32), kept, recent, kernels="metal", **how)
+    assert out.dtype == mx.float32 and mx.isfinite(out).all()
+
+
 def test_a_loaded_cache_chooses_anew(monkeypatch):
     cache = zm_mlx.ZeroMergeCache(64, kernels="metal")
     assert zm_mlx.ZeroMergeCache.from_state(cache.state).kernels is None

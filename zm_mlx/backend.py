@@ -29,7 +29,7 @@ def attend(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """``compress.attend``; one query a sequence takes the kernel ``attend``, more take ``attend_chunk``."""
     name = "attend" if queries.shape[2] == 1 else "attend_chunk"
-    chosen = _kernel(name, kernels, recent, queries.shape[1] // how["layout"].heads)
+    chosen = _kernel(name, kernels, recent, queries, how["layout"].heads)
     return (chosen or compress.attend)(queries, kept, recent, **how)
 
 
@@ -37,13 +37,13 @@ def score(
     queries: mx.array, kept: Kept, recent: Recent, *, kernels: Mode | None = None, **how: Any
 ) -> tuple[mx.array, mx.array]:
     """``compress.score``."""
-    chosen = _kernel("score", kernels, recent, queries.shape[1] // how["layout"].heads)
+    chosen = _kernel("score", kernels, recent, queries, how["layout"].heads)
     return (chosen or compress.score)(queries, kept, recent, **how)
 
 
 def compact(kept: Kept, recent: Recent, *, kernels: Mode | None = None, **how: Any) -> Kept:
     """``compress.compact``."""
-    return (_kernel("compact", kernels, recent, 1) or compress.compact)(kept, recent, **how)
+    return (_kernel("compact", kernels, recent) or compress.compact)(kept, recent, **how)
 
 
 def mode(kernels: Mode | None = None) -> Mode:
@@ -64,12 +64,15 @@ def has_metal() -> bool:
     return bool(mx.metal.is_available() and mx.default_device() == mx.gpu)
 
 
-def _kernel(name: str, kernels: Mode | None, recent: Recent, groups: int) -> Any:
+def _kernel(name: str, kernels: Mode | None, recent: Recent, queries: mx.array | None = None, heads: int = 1) -> Any:
     """The kernel's wrapper, or ``None`` where the plain ops compute."""
     asked = mode(kernels)
     if asked == "ops" or (asked == "auto" and not has_metal()):
         return None
-    return _verified(name, recent.keys.shape[-1], recent.values.shape[-1], recent.keys.dtype, min(groups, 8))
+    dtype, groups = recent.keys.dtype, 1 if queries is None else queries.shape[1] // heads
+    if queries is not None and queries.dtype != dtype:  # the kernels take one dtype for queries and rows
+        return None
+    return _verified(name, recent.keys.shape[-1], recent.values.shape[-1], dtype, min(groups, 8))
 
 
 @cache
