@@ -110,7 +110,7 @@ class ZeroMergeCache:
         self.exact = False
         if self.layout is None or self._queries is None:
             return
-        rows = self._rows(self._scale, self._sinks)
+        rows = self._attention(self._scale, self._sinks)
         self._commit(*backend.score(self._queries, tokens=self._prompt_seen, **rows))
         self._queries = self._sinks = None
         seen, whole = self.left + self.live, self.layout.capacity
@@ -215,7 +215,7 @@ class ZeroMergeCache:
         """Attend, commit the scores, compact where a compaction is due."""
         assert self.layout is not None
         if not self.exact:
-            out, *scores = backend.attend(queries, **self._rows(scale, sinks))
+            out, *scores = backend.attend(queries, **self._attention(scale, sinks))
             self._commit(*scores)
             self.staged += queries.shape[2]
             if self.staged == self.layout.staging:
@@ -234,7 +234,7 @@ class ZeroMergeCache:
         """Attention in an exact prefill: mlx's own, as long as all rows are in the recent store."""
         assert self.recent is not None
         if self.left:
-            return backend.attend(queries, **self._rows(scale, sinks))[0]
+            return backend.attend(queries, **self._attention(scale, sinks))[0]
         length, live = queries.shape[2], self.live
         # On the CPU mlx materialises the logits.
         step = length if mx.default_device() == mx.gpu else block_length(queries, live)
@@ -251,19 +251,14 @@ class ZeroMergeCache:
             )
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
-    def _rows(self, scale: float, sinks: mx.array | None) -> dict[str, Any]:
-        """The arguments of ``compress.attend`` and ``compress.score`` besides the queries."""
-        return {
-            "kept": self.kept,
-            "recent": self.recent,
-            "left": self.left,
-            "live": self.live,
-            "layout": self.layout,
-            "policy": self.policy,
-            "scale": scale,
-            "sinks": sinks,
-            "kernels": self.kernels,
-        }
+    def _how(self) -> dict[str, Any]:
+        """What all operations of ``backend`` need besides the arrays."""
+        return {"left": self.left, "layout": self.layout, "policy": self.policy, "kernels": self.kernels}
+
+    def _attention(self, scale: float, sinks: mx.array | None) -> dict[str, Any]:
+        """The arguments of ``backend.attend`` and ``backend.score`` besides the queries."""
+        rows = {"kept": self.kept, "recent": self.recent, "live": self.live}
+        return {**self._how(), **rows, "scale": scale, "sinks": sinks}
 
     def _commit(self, kept_score: mx.array, recent_score: mx.array) -> None:
         """Take over the new scores of all rows."""
@@ -275,15 +270,7 @@ class ZeroMergeCache:
         assert self.layout is not None and self.recent is not None and self.kept is not None
         leaving = max(0, self.live - self.layout.proximity - self.staged)
         if leaving:
-            self.kept = backend.compact(
-                self.kept,
-                self.recent,
-                left=self.left,
-                leaving=leaving,
-                layout=self.layout,
-                policy=self.policy,
-                kernels=self.kernels,
-            )
+            self.kept = backend.compact(self.kept, self.recent, leaving=leaving, **self._how())
         stay = [x[:, :, leaving : self.live] for x in self.recent]
         self.left, self.live = self.left + leaving, self.live - leaving
         if self.recent.keys.shape[2] > self.layout.recent:

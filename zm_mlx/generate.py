@@ -247,8 +247,6 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[nn.Module, A
         model, tokenizer = load(
             name, adapter_path=args.adapter_path, tokenizer_config=config, trust_remote_code=args.trust_remote_code
         )[:2]
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # the loader, the Hub's client and the network fail in many ways
         if Path(name).exists():
             raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {error})") from error
