@@ -50,8 +50,9 @@ def test_queries_of_another_dtype_than_the_rows_take_the_plain_ops(monkeypatch):
 
 
 def test_a_loaded_cache_chooses_anew(monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     cache = zm_mlx.ZeroMergeCache(64, kernels="metal")
-    assert zm_mlx.ZeroMergeCache.from_state(cache.state).kernels is None
+    assert zm_mlx.ZeroMergeCache.from_state(cache.state).kernels == "auto"
 
 
 def test_metal_sources_that_are_nowhere_name_both_places(monkeypatch, tmp_path):

@@ -366,6 +366,7 @@ def test_two_thousand_decode_steps_leave_memory_flat():
         del out, keys, values
         active.append(mx.get_active_memory())
     assert cache.offset == 2600 and len(compactions) in (31, 32)
+    active = active[cache.layout.staging :]  # until then constants of recorded steps are made
     assert max(active) - min(active) < whole / 100, "memory grows or is held by graph"
     assert active[-1] <= active[100] + 4096
     assert max(peaks) < whole / 5, "a step allocates something of the cache's size"

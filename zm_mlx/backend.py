@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from . import compress
+from . import compress, decode
 from .stores import Kept, Recent
 
 ENVIRONMENT = "ZM_MLX_KERNELS"
@@ -31,6 +31,24 @@ def attend(
     name = "attend" if queries.shape[2] == 1 else "attend_chunk"
     chosen = _kernel(name, kernels, recent, queries, how["layout"].heads)
     return (chosen or compress.attend)(queries, kept, recent, **how)
+
+
+def bind(queries: mx.array, kept: Kept, recent: Recent, *, kernels: Mode | None = None, **how: Any) -> decode.Step:
+    """``attend`` for one token after the other until the next compaction, as ``decode.bind``.
+
+    Args:
+        queries, recent: like those to come, in shape and dtype.
+    """
+    if _kernel("attend", kernels, recent, queries, how["layout"].heads):
+        from .kernels.attend import bind
+
+        return bind(kept, **how)
+    if queries.dtype == recent.keys.dtype == mx.float32:
+        return decode.bind(kept, **how)
+    # Rows of 16 bits are converted in tiles, which compress does.
+    return lambda queries, score, recent, live: compress.attend(
+        queries, kept._replace(score=score), recent, live=live, **how
+    )
 
 
 def score(

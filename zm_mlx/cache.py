@@ -7,7 +7,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
 
-from . import backend
+from . import backend, decode
 from .compress import block_length
 from .errors import UnsupportedModelError
 from .layout import Layout
@@ -18,6 +18,7 @@ FORMAT = 1  # of a saved state
 FACTS = ("table", "left", "live", "staged", "exact", "prompt_begin", "prompt_length", "_scale")
 
 Prefill = Literal["exact", "streaming"]
+Shape = tuple[int, int, int, int, mx.Dtype]  # batch, KV heads, head dim, value dim, dtype
 
 
 class ZeroMergeCache:
@@ -55,7 +56,7 @@ class ZeroMergeCache:
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
         self.policy = policy or Policy()
-        self.kernels = kernels and backend.mode(kernels)
+        self.kernels = backend.mode(kernels)
         self.table = tuple(int(n) for n in rows) if isinstance(rows, Iterable) else int(rows)
         self._layout_of(1 if isinstance(self.table, int) else len(self.table))
         self._start()
@@ -76,6 +77,7 @@ class ZeroMergeCache:
         self._sinks: mx.array | None = None
         self._scale = 0.0
         self._pending: tuple[mx.array, mx.array] | None = None
+        self._step: decode.Step | None = None  # attention for one token, bound until the next compaction
 
     def _layout_of(self, heads: int) -> Layout:
         p = self.policy
@@ -142,8 +144,10 @@ class ZeroMergeCache:
             )
         if self.recent is None:
             self._allocate(keys, values)
-        else:
-            self._check(keys, values)
+        elif _shape_of(keys, values) != self._shape:
+            raise ValueError(
+                f"new keys and values {_shape_of(keys, values)} (batch, heads, dims, dtype) do not fit {self._shape}"
+            )
         self._pending = (keys, values)
         return keys, values
 
@@ -178,8 +182,39 @@ class ZeroMergeCache:
             raise UnsupportedModelError(
                 f"queries {queries.shape} do not match the {length} new tokens of {self.layout.heads} KV heads"
             )
-        queries, keys, values = (to_storage(x, self.layout, 1) for x in (queries, keys, values))
-        sinks = None if sinks is None else to_storage(sinks, self.layout, 0)
+        if not self.layout.in_model_order:
+            queries, keys, values = (to_storage(x, self.layout, 1) for x in (queries, keys, values))
+            sinks = None if sinks is None else to_storage(sinks, self.layout, 0)
+        take = self._decode if length == 1 and not self.exact else self._prefill
+        out = take(queries, keys, values, scale, sinks)
+        return to_model(out, self.layout, 1)
+
+    def _decode(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """One token: ``_prefill`` for it, with as little Python as it takes."""
+        assert self.layout is not None and self.recent is not None and self.kept is not None
+        recent, kept, live = self.recent, self.kept, self.live
+        recent.keys[:, :, live : live + 1] = keys
+        recent.values[:, :, live : live + 1] = values
+        self.live = live + 1
+        if self._step is None:
+            self._step = backend.bind(queries, kept, recent, scale=scale, sinks=sinks, **self._how())
+        out, kept_score, recent_score = self._step(queries, kept.score, recent, live + 1)
+        self._commit(kept_score, recent_score)
+        self.staged += 1
+        if self.staged == self.layout.staging:
+            self.staged = 0
+            self._compact()
+            return self._with_state(out)
+        done: mx.array = mx.depends(out, [recent.keys, recent.values, recent_score, kept_score])
+        return done
+
+    def _prefill(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """Any number of tokens, in blocks that end where something happens."""
+        length = keys.shape[2]
         outputs: list[mx.array] = []
         begin = 0
         while begin < length:
@@ -190,10 +225,12 @@ class ZeroMergeCache:
             self._append(*block[1:])
             outputs.append(self._attend_block(block[0], scale, sinks))
             begin = end
-        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
-        # Decode evaluates only its token: without this, state it does not depend on piles up as graph.
-        out = mx.depends(out, [x for x in self._arrays() if x is not None])
-        return to_model(out, self.layout, 1)
+        return self._with_state(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2))
+
+    def _with_state(self, out: mx.array) -> mx.array:
+        """out, evaluated with all arrays: decode evaluates only its token, and the others would pile up as graph."""
+        done: mx.array = mx.depends(out, [x for x in self._arrays() if x is not None])
+        return done
 
     def _room(self) -> int:
         """Tokens until the next event: the end of an exact prompt, or a full staging region."""
@@ -268,18 +305,14 @@ class ZeroMergeCache:
     def _compact(self) -> None:
         """Leave the newest ``proximity`` (and already staged) rows in the recent store; compress the others."""
         assert self.layout is not None and self.recent is not None and self.kept is not None
+        self._step = None
         leaving = max(0, self.live - self.layout.proximity - self.staged)
         if leaving:
             self.kept = backend.compact(self.kept, self.recent, leaving=leaving, **self._how())
-        stay = [x[:, :, leaving : self.live] for x in self.recent]
         self.left, self.live = self.left + leaving, self.live - leaving
-        if self.recent.keys.shape[2] > self.layout.recent:
-            self.recent = Recent.empty(*self._shape(), rows=self.layout.recent)
-        elif not leaving:
-            return
-        for store, rows in zip(self.recent, stay, strict=True):
-            store[:, :, : self.live] = rows
-        self.recent.score[:, :, self.live :] = 0.0
+        rows = self.layout.recent
+        if leaving or self.recent.keys.shape[2] > rows:
+            self.recent = Recent(*(_shifted(x, leaving, self.live, rows) for x in self.recent))
 
     # ---- arrays
 
@@ -291,27 +324,20 @@ class ZeroMergeCache:
         rows = self.layout.recent
         if self.exact and self.prompt_length is not None:
             rows = max(rows, self.prompt_length)
-        shape = (batch, heads, dim, values.shape[-1], keys.dtype)
-        self.recent = Recent.empty(*shape, rows=rows)
-        self.kept = Kept.empty(batch, self.layout, *shape[2:])
+        self.recent = Recent.empty(*_shape_of(keys, values), rows=rows)
+        self.kept = Kept.empty(batch, self.layout, dim, values.shape[3], keys.dtype)
 
     def _reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows in the recent store."""
         assert self.recent is not None
-        old, self.recent = self.recent, Recent.empty(*self._shape(), rows=rows)
+        old, self.recent = self.recent, Recent.empty(*self._shape, rows=rows)
         for store, x in zip(self.recent, old, strict=True):
             store[:, :, : self.live] = x[:, :, : self.live]
 
-    def _shape(self) -> tuple[int, int, int, int, mx.Dtype]:
-        """Batch, KV heads, head dim, value dim, dtype."""
+    @property
+    def _shape(self) -> Shape:
         assert self.recent is not None
-        keys, values, _ = self.recent
-        return keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
-
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        new = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        if new != self._shape():
-            raise ValueError(f"new keys and values {new} (batch, heads, dims, dtype) do not fit {self._shape()}")
+        return _shape_of(self.recent.keys, self.recent.values)
 
     def _arrays(self) -> list[mx.array | None]:
         stores = (*self.recent, *self.kept) if self.recent and self.kept else ()
@@ -354,7 +380,7 @@ class ZeroMergeCache:
             raise ValueError("the cache was saved by another version of zm_mlx")
         self.policy = Policy(**facts.pop("policy"))
         self._start()
-        self.kernels = None
+        self.kernels = backend.mode()
         for name in FACTS:
             setattr(self, name, facts[name])
         self.table = self.table if isinstance(self.table, int) else tuple(self.table)
@@ -404,3 +430,15 @@ class ZeroMergeCache:
             ValueError: always.
         """
         raise ValueError("--kv-bits does not work with a ZeroMerge cache: leave it out, or use the full cache")
+
+
+def _shape_of(keys: mx.array, values: mx.array) -> Shape:
+    batch, heads, _, dim = keys.shape
+    return batch, heads, dim, values.shape[3], keys.dtype
+
+
+def _shifted(x: mx.array, begin: int, count: int, rows: int) -> mx.array:
+    """``count`` rows (axis 2) of x from ``begin`` on, followed by zeros up to ``rows``."""
+    behind = [(0, 0)] * 2 + [(0, rows - count)] + [(0, 0)] * (x.ndim - 3)
+    shifted: mx.array = mx.pad(x[:, :, begin : begin + count], behind)
+    return shifted

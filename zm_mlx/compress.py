@@ -79,23 +79,27 @@ def select(importance: mx.array, count: int, pool: int) -> tuple[mx.array, mx.ar
         importance: [..., n] float32, rows in the order of their positions.
 
     Returns:
-        Indices of the chosen rows [..., count], ascending, and a bool [..., n] that is true for the
-        others. Of equal rows the older wins.
+        Indices of the chosen rows [..., count] and of the others [..., n - count], int32, both
+        ascending. Of equal rows the older wins.
     """
-    *batch, n = importance.shape
-    if pool > 1:
-        reach = pool // 2
-        padded = mx.pad(importance, [(0, 0)] * len(batch) + [(reach, reach)], constant_values=-mx.inf)
-        importance = mx.max(mx.stack([padded[..., i : i + n] for i in range(pool)]), axis=0)
+    n = importance.shape[-1]
+    pooled = mx.pad(importance, [(0, 0)] * (importance.ndim - 1) + [(pool // 2, pool // 2)], constant_values=-mx.inf)
+    width = 1
+    while width < pool:  # the maximum over ``width`` rows becomes that over twice as many
+        step = min(width, pool - width)
+        pooled = mx.maximum(pooled[..., :-step], pooled[..., step:])
+        width += step
     if count == 0:
-        return mx.zeros((*batch, 0), mx.int32), mx.ones(importance.shape, mx.bool_)
-    least = mx.sort(importance, axis=-1)[..., n - count : n - count + 1]
-    above = importance > least
-    level = importance == least
-    seats = count - above.sum(axis=-1, keepdims=True)
-    chosen = above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= seats))
-    rows = mx.arange(n, dtype=mx.int32)
-    return mx.sort(mx.where(chosen, rows, rows + n), axis=-1)[..., :count], ~chosen
+        chosen = mx.zeros(pooled.shape, mx.bool_)
+    else:
+        least = mx.partition(pooled, n - count, axis=-1)[..., n - count : n - count + 1]
+        above, level = pooled > least, pooled == least
+        seats = count - above.sum(axis=-1, keepdims=True)
+        chosen = above | (level & (_ranks(level) < seats))
+    rows = mx.broadcast_to(mx.arange(n, dtype=mx.int32), chosen.shape)
+    places = mx.where(chosen, _ranks(chosen), count + _ranks(~chosen))
+    order = mx.put_along_axis(mx.zeros(chosen.shape, mx.int32), places, rows, axis=-1)
+    return order[..., :count], order[..., count:]
 
 
 def merge(
@@ -118,8 +122,7 @@ def merge(
         A ``Kept`` whose first five arrays hold the residual rows only, [B, h, residual, …].
     """
     if fresh:
-        rank = mx.cumsum(victims.astype(mx.int32), axis=-1) - 1
-        target = rank * residual // mx.maximum(victims.sum(axis=-1, keepdims=True), 1)
+        target = _ranks(victims) * residual // mx.maximum(victims.sum(axis=-1, keepdims=True), 1)
     else:
         centres = kept.keys[:, :, :residual]
         target = mx.concatenate([mx.argmax(_dots(keys[:, :, t], centres), axis=-1) for t in _tiles(keys)], axis=-1)
@@ -182,14 +185,16 @@ def compact(kept: Kept, recent: Recent, *, left: int, leaving: int, layout: Layo
         ]
         keys, values, importance, position = pool
         chosen, victims = select(importance, group.context, policy.pool)
-        context = [mx.take_along_axis(x, chosen[..., None], axis=2) for x in (keys, values)]
-        context += [mx.ones(chosen.shape), *(mx.take_along_axis(x, chosen, axis=2) for x in (importance, position))]
-        if layout.residual == 0:
-            parts.append(old.with_rows(context))
-            continue
-        merged = merge(old, keys, values, importance, victims, layout.residual, fresh)
-        rows = [mx.concatenate([x, y], axis=2) for x, y in zip(merged.rows, context, strict=True)]
-        parts.append(merged.with_rows(rows))
+        # The first rows of the context are placeholders for the residual rows.
+        places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
+        rows = _take([keys, values, mx.ones(importance.shape), importance, position], places)
+        if layout.residual:
+            keys, values, importance = _take([keys, values, importance], victims)
+            every = mx.ones(victims.shape, mx.bool_)
+            old = merge(old, keys, values, importance, every, layout.residual, fresh)
+            for x, y in zip(rows, old.rows, strict=True):
+                x[:, :, : layout.residual] = y
+        parts.append(old.with_rows(rows))
     return Kept.join(parts)
 
 
@@ -304,6 +309,18 @@ def _faded(
     live, rows = on_recent.shape[2], recent.score.shape[2]
     now = fade * recent.score[:, :, :live] + on_recent
     return fade * kept.score + on_kept, mx.pad(now, [(0, 0), (0, 0), (0, rows - live)])
+
+
+def _ranks(flags: mx.array) -> mx.array:
+    """For each true flag [..., n], how many true ones come before it."""
+    return mx.cumsum(flags.astype(mx.int32), axis=-1) - 1
+
+
+def _take(arrays: list[mx.array], rows: mx.array) -> list[mx.array]:
+    """Rows [B, h, m] of arrays [B, h, n, …]: whole rows by one index, which is faster than element by element."""
+    batch, heads, n = arrays[0].shape[:3]
+    index = rows + mx.arange(0, batch * heads * n, n, dtype=mx.int32).reshape(batch, heads, 1)
+    return [x.flatten(0, 2)[index] for x in arrays]
 
 
 def _column_sums(p: mx.array, fade: mx.array) -> mx.array:
