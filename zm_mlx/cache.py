@@ -77,6 +77,7 @@ class ZeroMergeCache:
         self._sinks: mx.array | None = None
         self._scale = 0.0
         self._pending: tuple[mx.array, mx.array] | None = None
+        self._shape: Shape | None = None
         self._step: decode.Step | None = None  # attention for one token, bound until the next compaction
 
     def _layout_of(self, heads: int) -> Layout:
@@ -144,10 +145,8 @@ class ZeroMergeCache:
             )
         if self.recent is None:
             self._allocate(keys, values)
-        elif _shape_of(keys, values) != self._shape:
-            raise ValueError(
-                f"new keys and values {_shape_of(keys, values)} (batch, heads, dims, dtype) do not fit {self._shape}"
-            )
+        elif (shape := _shape_of(keys, values)) != self._shape:
+            raise ValueError(f"new keys and values {shape} (batch, heads, dims, dtype) do not fit {self._shape}")
         self._pending = (keys, values)
         return keys, values
 
@@ -182,12 +181,12 @@ class ZeroMergeCache:
             raise UnsupportedModelError(
                 f"queries {queries.shape} do not match the {length} new tokens of {self.layout.heads} KV heads"
             )
-        if not self.layout.in_model_order:
-            queries, keys, values = (to_storage(x, self.layout, 1) for x in (queries, keys, values))
-            sinks = None if sinks is None else to_storage(sinks, self.layout, 0)
         take = self._decode if length == 1 and not self.exact else self._prefill
-        out = take(queries, keys, values, scale, sinks)
-        return to_model(out, self.layout, 1)
+        if self.layout.in_model_order:
+            return take(queries, keys, values, scale, sinks)
+        queries, keys, values = (to_storage(x, self.layout, 1) for x in (queries, keys, values))
+        sinks = None if sinks is None else to_storage(sinks, self.layout, 0)
+        return to_model(take(queries, keys, values, scale, sinks), self.layout, 1)
 
     def _decode(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
@@ -201,13 +200,14 @@ class ZeroMergeCache:
         if self._step is None:
             self._step = backend.bind(queries, kept, recent, scale=scale, sinks=sinks, **self._how())
         out, kept_score, recent_score = self._step(queries, kept.score, recent, live + 1)
-        self._commit(kept_score, recent_score)
+        self.kept = Kept(kept[0], kept[1], kept[2], kept_score, *kept[4:])
+        self.recent = Recent(recent[0], recent[1], recent_score)
         self.staged += 1
         if self.staged == self.layout.staging:
             self.staged = 0
             self._compact()
             return self._with_state(out)
-        done: mx.array = mx.depends(out, [recent.keys, recent.values, recent_score, kept_score])
+        done: mx.array = mx.depends(out, [recent[0], recent[1], recent_score, kept_score])
         return done
 
     def _prefill(
@@ -300,7 +300,8 @@ class ZeroMergeCache:
     def _commit(self, kept_score: mx.array, recent_score: mx.array) -> None:
         """Take over the new scores of all rows."""
         assert self.kept is not None and self.recent is not None
-        self.kept, self.recent = self.kept._replace(score=kept_score), self.recent._replace(score=recent_score)
+        self.kept = Kept(*self.kept[:3], kept_score, *self.kept[4:])
+        self.recent = Recent(*self.recent[:2], recent_score)
 
     def _compact(self) -> None:
         """Leave the newest ``proximity`` (and already staged) rows in the recent store; compress the others."""
@@ -324,20 +325,16 @@ class ZeroMergeCache:
         rows = self.layout.recent
         if self.exact and self.prompt_length is not None:
             rows = max(rows, self.prompt_length)
-        self.recent = Recent.empty(*_shape_of(keys, values), rows=rows)
+        self._shape = _shape_of(keys, values)
+        self.recent = Recent.empty(*self._shape, rows=rows)
         self.kept = Kept.empty(batch, self.layout, dim, values.shape[3], keys.dtype)
 
     def _reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows in the recent store."""
-        assert self.recent is not None
+        assert self.recent is not None and self._shape is not None
         old, self.recent = self.recent, Recent.empty(*self._shape, rows=rows)
         for store, x in zip(self.recent, old, strict=True):
             store[:, :, : self.live] = x[:, :, : self.live]
-
-    @property
-    def _shape(self) -> Shape:
-        assert self.recent is not None
-        return _shape_of(self.recent.keys, self.recent.values)
 
     def _arrays(self) -> list[mx.array | None]:
         stores = (*self.recent, *self.kept) if self.recent and self.kept else ()
@@ -390,6 +387,7 @@ class ZeroMergeCache:
         self._queries, self._sinks = arrays[-2:]
         if stores:
             self.recent, self.kept = Recent(*stores[:3]), Kept(*stores[3:])
+            self._shape = _shape_of(self.recent.keys, self.recent.values)
             self.layout = self._layout_of(self.recent.keys.shape[1])
 
     @classmethod

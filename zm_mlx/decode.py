@@ -32,8 +32,13 @@ def bind(kept: Kept, *, left: int, layout: Layout, policy: Policy, scale: float,
     sinks = None if sinks is None else sinks.astype(mx.float32).reshape(layout.heads, -1)
     most, some = layout.recent, max(1, layout.staging // 8)
 
+    by_reach: dict[int, Callable[..., Result]] = {}
+
     def step(queries: mx.array, kept_score: mx.array, recent: Recent, live: int) -> Result:
-        compiled = _compiled(layout, policy, scale, filled, min(most, live + -live % some))
+        reach = min(most, live + -live % some)
+        compiled = by_reach.get(reach)
+        if compiled is None:
+            compiled = by_reach[reach] = _compiled(layout, policy, scale, filled, reach)
         return compiled(queries, rows, kept_score, recent[0], recent[1], recent[2], mx.array(live), sinks)
 
     return step
