@@ -18,7 +18,7 @@ FORMAT = 1  # of a saved state
 FACTS = ("table", "left", "live", "staged", "exact", "prompt_begin", "prompt_length", "_scale")
 
 Prefill = Literal["exact", "streaming"]
-Shape = tuple[int, int, int, int, mx.Dtype]  # batch, KV heads, head dim, value dim, dtype
+Shape = tuple[int, int, int, int]  # batch, KV heads, head dim, value dim
 
 
 class ZeroMergeCache:
@@ -145,8 +145,9 @@ class ZeroMergeCache:
             )
         if self.recent is None:
             self._allocate(keys, values)
-        elif (shape := _shape_of(keys, values)) != self._shape:
-            raise ValueError(f"new keys and values {shape} (batch, heads, dims, dtype) do not fit {self._shape}")
+        elif (shape := _shape_of(keys, values)) != self._shape or keys.dtype != self.recent.keys.dtype:
+            new, old = (*shape, keys.dtype), (*(self._shape or ()), self.recent.keys.dtype)
+            raise ValueError(f"new keys and values {new} (batch, heads, dims, dtype) do not fit {old}")
         self._pending = (keys, values)
         return keys, values
 
@@ -326,13 +327,13 @@ class ZeroMergeCache:
         if self.exact and self.prompt_length is not None:
             rows = max(rows, self.prompt_length)
         self._shape = _shape_of(keys, values)
-        self.recent = Recent.empty(*self._shape, rows=rows)
+        self.recent = Recent.empty(*self._shape, keys.dtype, rows=rows)
         self.kept = Kept.empty(batch, self.layout, dim, values.shape[3], keys.dtype)
 
     def _reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows in the recent store."""
         assert self.recent is not None and self._shape is not None
-        old, self.recent = self.recent, Recent.empty(*self._shape, rows=rows)
+        old, self.recent = self.recent, Recent.empty(*self._shape, self.recent.keys.dtype, rows=rows)
         for store, x in zip(self.recent, old, strict=True):
             store[:, :, : self.live] = x[:, :, : self.live]
 
@@ -432,7 +433,7 @@ class ZeroMergeCache:
 
 def _shape_of(keys: mx.array, values: mx.array) -> Shape:
     batch, heads, _, dim = keys.shape
-    return batch, heads, dim, values.shape[3], keys.dtype
+    return batch, heads, dim, values.shape[3]
 
 
 def _shifted(x: mx.array, begin: int, count: int, rows: int) -> mx.array:
