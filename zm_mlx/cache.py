@@ -8,10 +8,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
 
 from . import backend, decode
-from .compress import block_length
 from .errors import UnsupportedModelError
 from .layout import Layout
 from .policy import Policy
+from .raw import attend_raw
 from .stores import Held, Kept, Recent, held, to_model, to_storage
 
 FORMAT = 1  # of a saved state
@@ -111,10 +111,9 @@ class ZeroMergeCache:
         if not self.exact:
             return
         self.exact = False
-        if self.layout is None or self._queries is None:
+        if self.layout is None or self._prompt_seen == 0:
             return
-        rows = self._attention(self._scale, self._sinks)
-        self._commit(*backend.score(self._queries, tokens=self._prompt_seen, **rows))
+        self._score_kept_queries()
         self._queries = self._sinks = None
         seen, whole = self.left + self.live, self.layout.capacity
         self.staged = (seen - whole) % self.layout.staging if seen <= whole else 0
@@ -123,6 +122,13 @@ class ZeroMergeCache:
     @property
     def _prompt_seen(self) -> int:
         return self.left + self.live - self.prompt_begin
+
+    @property
+    def _first_scored(self) -> int | None:
+        """The token of an exact prompt from which on tokens are scored as they come; None: its end is not known."""
+        if self.prompt_length is None:
+            return None
+        return 0 if self.policy.window is None else max(0, self.prompt_length - self.policy.window)
 
     def _begin_exact(self, length: int | None) -> None:
         if length is not None and length < 1:
@@ -234,10 +240,13 @@ class ZeroMergeCache:
         return done
 
     def _room(self) -> int:
-        """Tokens until the next event: the end of an exact prompt, or a full staging region."""
+        """Tokens until the next event: the scored part of an exact prompt, its end, or a full staging region."""
         assert self.layout is not None
         if self.exact:
-            return 2**62 if self.prompt_length is None else self.prompt_length - self._prompt_seen
+            if self.prompt_length is None or self._first_scored is None:
+                return 2**62
+            seen = self._prompt_seen
+            return (self._first_scored if seen < self._first_scored else self.prompt_length) - seen
         return self.layout.staging - self.staged
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
@@ -260,34 +269,49 @@ class ZeroMergeCache:
                 self.staged = 0
                 self._compact()
             return out
-        out = self._attend_whole(queries, scale, sinks)
+        if self._first_scored is not None and self._prompt_seen > self._first_scored:
+            out, *scores = backend.attend(queries, **self._attention(scale, sinks))
+            self._commit(*scores)
+        else:
+            out = self._attend_whole(queries, scale, sinks)
+            self._keep_queries(queries, scale, sinks)
+        if self.prompt_length is not None and self._prompt_seen == self.prompt_length:
+            self.finish_prompt()
+        return out
+
+    def _keep_queries(self, queries: mx.array, scale: float, sinks: mx.array | None) -> None:
+        """Let older scores fade, and keep the last W queries: they score the prompt if it ends here."""
+        assert self.kept is not None and self.recent is not None
         both = [queries] if self._queries is None else [self._queries, queries]
         self._queries = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -(self.policy.window or 0) :])
         self._scale, self._sinks = scale, sinks
-        if self._room() == 0:
-            self.finish_prompt()
-        return out
+        if self.prompt_begin:
+            fade = self.policy.decay ** queries.shape[2]
+            self._commit(fade * self.kept.score, fade * self.recent.score)
+
+    def _score_kept_queries(self) -> None:
+        """Add what the kept queries give, as far as they are among the last W of the prompt."""
+        assert self.kept is not None and self.recent is not None
+        scored = 0 if self._first_scored is None else max(0, self._prompt_seen - self._first_scored)
+        window = self.policy.window
+        if self._queries is None or scored == window:
+            return
+        queries = self._queries if window is None else self._queries[:, :, scored - window :]
+        how = self._attention(self._scale, self._sinks)
+        how["kept"], how["recent"] = (x._replace(score=mx.zeros_like(x.score)) for x in (self.kept, self.recent))
+        how["live"] -= scored
+        mass = backend.score(queries, tokens=queries.shape[2], **how)
+        fade = self.policy.decay**scored
+        old = (self.kept.score, self.recent.score)
+        self._commit(*(x + fade * y for x, y in zip(old, mass, strict=True)))
 
     def _attend_whole(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """Attention in an exact prefill: mlx's own, as long as all rows are in the recent store."""
         assert self.recent is not None
         if self.left:
             return backend.attend(queries, **self._attention(scale, sinks))[0]
-        length, live = queries.shape[2], self.live
-        # On the CPU mlx materialises the logits.
-        step = length if mx.default_device() == mx.gpu else block_length(queries, live)
-        outputs: list[mx.array] = []
-        for begin in range(0, length, step):
-            block = queries[:, :, begin : begin + step]
-            if outputs:  # one block after the other, or the logits of all exist at once
-                block = mx.depends(block, outputs[-1:])
-            rows = live - length + begin + block.shape[2]
-            keys, values = (x[:, :, :rows] for x in self.recent[:2])
-            mask = "causal" if block.shape[2] > 1 else None
-            outputs.append(
-                mx.fast.scaled_dot_product_attention(block, keys, values, scale=scale, mask=mask, sinks=sinks)
-            )
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        keys, values = (x[:, :, : self.live] for x in self.recent[:2])
+        return attend_raw(queries, keys, values, scale, sinks)
 
     def _how(self) -> dict[str, Any]:
         """What all operations of ``backend`` need besides the arrays."""
@@ -314,7 +338,7 @@ class ZeroMergeCache:
         self.left, self.live = self.left + leaving, self.live - leaving
         rows = self.layout.recent
         if leaving or self.recent.keys.shape[2] > rows:
-            self.recent = Recent(*(_shifted(x, leaving, self.live, rows) for x in self.recent))
+            self.recent = self.recent.part(leaving, self.live, rows)
 
     # ---- arrays
 
@@ -332,10 +356,8 @@ class ZeroMergeCache:
 
     def _reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows in the recent store."""
-        assert self.recent is not None and self._shape is not None
-        old, self.recent = self.recent, Recent.empty(*self._shape, self.recent.keys.dtype, rows=rows)
-        for store, x in zip(self.recent, old, strict=True):
-            store[:, :, : self.live] = x[:, :, : self.live]
+        assert self.recent is not None
+        self.recent = self.recent.part(0, self.live, rows)
 
     def _arrays(self) -> list[mx.array | None]:
         stores = (*self.recent, *self.kept) if self.recent and self.kept else ()
@@ -434,10 +456,3 @@ class ZeroMergeCache:
 def _shape_of(keys: mx.array, values: mx.array) -> Shape:
     batch, heads, _, dim = keys.shape
     return batch, heads, dim, values.shape[3]
-
-
-def _shifted(x: mx.array, begin: int, count: int, rows: int) -> mx.array:
-    """``count`` rows (axis 2) of x from ``begin`` on, followed by zeros up to ``rows``."""
-    behind = [(0, 0)] * 2 + [(0, rows - count)] + [(0, 0)] * (x.ndim - 3)
-    shifted: mx.array = mx.pad(x[:, :, begin : begin + count], behind)
-    return shifted

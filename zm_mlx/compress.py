@@ -223,23 +223,20 @@ def _attend(
     for group in layout.groups:
         q, k, r, s = _of_group(queries, kept, recent, sinks, group, layout.heads, left, live)
         out: list[mx.array] = []
-        on_kept = on_recent = mx.array(0.0)
-        step = block_length(q, k.keys.shape[2] + live)
+        mass, old = mx.array(0.0), k.keys.shape[2]
+        step = block_length(q, old + live)
         for begin in range(0, length, step):
             end = min(begin + step, length)
-            block = _after(q[:, :, :, begin:end], *outputs[-1:], *out[-1:], on_kept, on_recent)
-            p_kept, p_recent = _probabilities(block, length - end, k, r, s, policy, scale)
+            block = _after(q[:, :, :, begin:end], *outputs[-1:], *out[-1:], mass)
+            p = _probabilities(block, length - end, k, r, s, policy, scale)
             if with_output:
-                out.append(_times_values(p_kept, k.values) + _times_values(p_recent, r.values))
+                out.append(_times_values(p[..., :old], k.values) + _times_values(p[..., old:], r.values))
             age = mx.arange(length - 1 - begin, length - 1 - end, -1, dtype=mx.float32)
-            fade = mx.power(policy.decay, age)
-            on_kept = on_kept + _column_sums(p_kept, fade)
-            on_recent = on_recent + _column_sums(p_recent, fade)
+            mass = mass + _column_sums(p, mx.power(policy.decay, age))
         if with_output:
             outputs.append((out[0] if len(out) == 1 else mx.concatenate(out, axis=3)).flatten(1, 2))
-        empty = group.rows - k.keys.shape[2]
-        kept_mass.append(mx.pad(on_kept, [(0, 0), (0, 0), (0, empty)]).flatten(1, 2))
-        recent_mass.append(on_recent)
+        kept_mass.append(mx.pad(mass[..., :old], [(0, 0), (0, 0), (0, group.rows - old)]).flatten(1, 2))
+        recent_mass.append(mass[..., old:])
     return outputs, mx.concatenate(kept_mass, axis=1), mx.concatenate(recent_mass, axis=1)
 
 
@@ -266,34 +263,36 @@ def _of_group(
 
 def _probabilities(
     q: mx.array, later: int, kept: Kept, recent: Recent, sinks: mx.array | None, policy: Policy, scale: float
-) -> tuple[mx.array, mx.array]:
+) -> mx.array:
     """Softmax of the compensated logits of queries [B, h, G, l, D] that ``later`` more tokens follow.
 
     Returns:
-        Probabilities of the kept rows [B, h, G, l, kept] and of the recent ones [B, h, G, l, live].
+        Probabilities of the kept rows and then of the recent ones, [B, h, G, l, kept + live].
     """
     length, old, live = q.shape[3], kept.keys.shape[2], recent.keys.shape[2]
     q = q.astype(mx.float32)
-    logits = []
+    now = _times_keys(q * scale, recent.keys)
+    logits = [now]
+    if length + later > 1:
+        # All queries see what came before the first of them: no mask there, where parts are joined anyway.
+        first = live - later - length if old else 0
+        newest = mx.arange(live - later - length, live - later)[:, None]
+        logits = [now[..., :first], mx.where(mx.arange(first, live) <= newest, now[..., first:], -mx.inf)]
     if old:
         bias = mx.where(kept.weight > 0, policy.alpha * mx.log(kept.weight), -mx.inf)[:, :, None, None]
-        past = _times_keys(q * scale, kept.keys) + bias
         residual = min(kept.spread.shape[-1], old)
+        of_residual = bias[..., :residual]
         if policy.kappa and residual:
             norms = (q * q).sum(axis=-1, keepdims=True)
             lift = mx.minimum(policy.kappa, 0.5 * scale**2 * kept.spread[:, :, None, None, :residual] * norms)
-            past = past + mx.pad(lift, [(0, 0)] * 4 + [(0, old - residual)])
-        logits.append(past)
-    now = _times_keys(q * scale, recent.keys)
-    if length + later > 1:
-        newest = mx.arange(live - later - length, live - later)[:, None]
-        now = mx.where(mx.arange(live) <= newest, now, -mx.inf)
-    logits.append(now)
+            of_residual = of_residual + lift
+        past = _times_keys(q * scale, kept.keys)
+        logits[:0] = [past[..., :residual] + of_residual, past[..., residual:] + bias[..., residual:]]
     if sinks is not None:
         sink = sinks.astype(mx.float32)[None, :, :, None, None]
         logits.append(mx.broadcast_to(sink, (*q.shape[:4], 1)))
-    p = mx.softmax(mx.concatenate(logits, axis=-1) if len(logits) > 1 else now, axis=-1)
-    return p[..., :old], p[..., old : old + live]
+    joined = mx.concatenate([x for x in logits if x.shape[-1]], axis=-1)
+    return mx.softmax(joined, axis=-1)[..., : old + live]
 
 
 def _after(x: mx.array, *done: mx.array) -> mx.array:
@@ -325,7 +324,8 @@ def _take(arrays: list[mx.array], rows: mx.array) -> list[mx.array]:
 
 def _column_sums(p: mx.array, fade: mx.array) -> mx.array:
     """Σ_i fade[i] Σ_g p[..., g, i, j]."""
-    return (p.sum(axis=2) * fade[:, None]).sum(axis=2)
+    factors = mx.broadcast_to(fade, p.shape[2:4]).reshape(1, -1)
+    return (factors @ p.flatten(2, 3))[:, :, 0]
 
 
 def _tiles(x: mx.array) -> Iterator[slice]:

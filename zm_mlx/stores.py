@@ -27,6 +27,15 @@ class Recent(NamedTuple):
             mx.zeros((batch, heads, rows), mx.float32),
         )
 
+    def part(self, begin: int, count: int, rows: int) -> "Recent":
+        """``count`` rows from ``begin`` on, in a store of ``rows`` rows."""
+
+        def moved(x: mx.array) -> mx.array:
+            behind = [(0, 0)] * 2 + [(0, rows - count)] + [(0, 0)] * (x.ndim - 3)
+            return mx.pad(x[:, :, begin : begin + count], behind)
+
+        return Recent(*map(moved, self))
+
 
 class Kept(NamedTuple):
     """Residual and context rows, K = Σ_h (R + M_h) of them, each head's rows contiguous.
