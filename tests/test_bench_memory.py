@@ -9,22 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import bench_memory
+import bench_memory_figure
+import bench_memory_point as point
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from bench_memory_caches import Cache, has_veloxquant, phase, stream
 
 from zm_mlx.budget import LayerShape
 from zm_mlx.cache import ZeroMergeCache
 from zm_mlx.generate import DEFAULT_MODEL
 from zm_mlx.hook import probe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import bench_memory
-import bench_memory_figure
-import bench_memory_point as point
-from bench_memory_caches import Cache, has_veloxquant, phase, stream
 
 SCRIPTS = Path(bench_memory.__file__).parent
 SHAPE = LayerShape(2, 32, 32, 4, "mlx.core.float32")
@@ -310,7 +307,6 @@ def test_records_of_another_machine_or_version_are_not_reused(capsys, tmp_path, 
 
 
 def test_figure_has_text_and_marks_where_memory_ended(capsys, tmp_path, fake):
-    pytest.importorskip("matplotlib")
     fake("if p['cache'] == 'full' and p['context'] > 1024: os.kill(os.getpid(), signal.SIGKILL)")
     flags = ["--output", str(tmp_path / "out.jsonl"), "--contexts", "1K", "2K", "--prefill-lengths", "--caches"]
     assert bench_memory.main([*flags, "full", "zeromerge:64"]) == 0

@@ -79,3 +79,15 @@ def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(loaded, execu
     with pytest.warns(UserWarning, match=r"'compact' is left out .*no such builtin"):
         found, _ = tokens(model, prompt[:200], "metal", "streaming")
     assert len(found) == NEW_TOKENS
+
+
+@pytest.mark.parametrize(("heads", "launched"), [(32, ["zm_attend"]), (2, ["zm_attend", "zm_attend_join"])])
+def test_launches_of_a_decode_step(executor, heads, launched):
+    """Each launch costs on a GPU: one for attention and scores, a second where few heads need their rows split."""
+    cache = zm_mlx.ZeroMergeCache(600, kernels="metal")
+    for length in (64, 1, 1):  # before the first of its shape a kernel is compared with its twin
+        new = [mx.random.normal((1, heads, length, 64)) for _ in range(3)]
+        mx.eval(new)
+        with metal_host.record() as launches:
+            mx.eval(cache.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125))
+    assert [launch.name for launch in launches] == launched

@@ -1,0 +1,88 @@
+"""zm_mlx/decode.py: steps that are recorded once and replayed against the plain ops of any number of queries."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from zm_mlx import Policy, ZeroMergeCache, compress, decode
+
+PUBLISHED = Policy(kappa=0, pool=1, alpha=0.6)
+POLICIES = [Policy(), PUBLISHED, Policy(alpha=0, kappa=0), Policy(residual=0), Policy(residual=1, decay=1)]
+
+
+def fed(table, policy, tokens, groups, *, dim=16, value_dim=8):
+    """A cache that streamed random tokens, and queries for one more."""
+    mx.random.seed(tokens)
+    cache = ZeroMergeCache(table, policy=policy)
+    new = [mx.random.normal((2, h, tokens, d)) for h, d in ((4 * groups, dim), (4, dim), (4, value_dim))]
+    keys, values = cache.update_and_fetch(*new[1:])
+    mx.eval(cache.attend(new[0], keys, values, 0.25))
+    return cache, mx.random.normal((2, 4 * groups, 1, dim)) * 3
+
+
+def both(cache, queries, sinks=None, scale=0.25):
+    how = {"left": cache.left, "layout": cache.layout, "policy": cache.policy, "scale": scale, "sinks": sinks}
+    step = decode.bind(cache.kept, **how)
+    mine = step(queries, cache.kept.score, cache.recent, cache.live)
+    return mine, compress.attend(queries, cache.kept, cache.recent, live=cache.live, **how)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("table", [96, (96, 64, 80, 64)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("tokens", [1, 5, 37, 70, 100, 333], ids=lambda n: f"{n} tokens")
+def test_a_replayed_step_equals_the_plain_ops(table, policy, groups, tokens):
+    cache, queries = fed(table, policy, tokens, groups)
+    for sinks in (None, mx.random.normal((4 * groups,)) * 2):
+        for name, x, y in zip(("output", "kept", "recent"), *both(cache, queries, sinks), strict=True):
+            assert x.shape == y.shape and x.dtype == y.dtype, name
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("tokens", range(96, 96 + 13))
+def test_rows_that_are_not_filled_yet_are_invisible(tokens):
+    """Between two compactions a step reads up to an eighth of the staging rows too many."""
+    cache, queries = fed(96, Policy(), tokens, 1)
+    rows = [x.at[:, :, cache.live :].add(50.0) for x in cache.recent[:2]]
+    cache.recent = cache.recent._replace(keys=rows[0], values=rows[1])
+    for x, y in zip(*both(cache, queries), strict=True):
+        np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
+
+
+def test_half_filled_kept_rows_are_invisible():
+    cache, queries = fed(96, Policy(), 75, 1)
+    assert 0 < cache.left < cache.layout.groups[0].rows
+    empty = mx.arange(cache.kept.keys.shape[1]) % cache.layout.groups[0].rows >= cache.left
+    cache.kept = cache.kept._replace(keys=mx.where(empty[:, None], 50.0, cache.kept.keys))
+    for x, y in zip(*both(cache, queries), strict=True):
+        np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
+
+
+def test_steps_are_recorded_a_few_times_and_not_at_each_token():
+    cache, queries = fed(200, Policy(decay=0.97), 600, 1)  # a policy of no other test
+    decode._compiled.cache_clear()
+    for _ in range(100):
+        keys, values = cache.update_and_fetch(mx.ones((2, 4, 1, 16)), mx.ones((2, 4, 1, 8)))
+        mx.eval(cache.attend(queries, keys, values, 0.25))
+    assert cache.offset == 700 and decode._compiled.cache_info().misses <= 9
+
+
+def test_a_step_recorded_in_one_thread_serves_another():
+    """The server generates in a thread of its own."""
+    cache, queries = fed(96, Policy(), 333, 1)
+    expected = [np.array(x) for x in both(cache, queries)[0]]
+    found = []
+
+    def work():
+        with mx.stream(mx.new_stream(mx.default_device())):
+            mine, _ = both(cache, queries)
+            mx.eval(mine)
+            found.extend(np.array(x) for x in mine)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
