@@ -111,6 +111,7 @@ def _panels(figure: Any, records: list[Record], model: str) -> None:
                 axes.plot(x[-1], y[-1], "x", color=lines[cache].get_color(), ms=8, mew=1.8, zorder=6, clip_on=False)
         _axes(axes, key, contexts, title, label, kind)
     title = f"{_short(model)}, {first['dtype']}  ·  {first['machine']}  ·  mlx {first['mlx']}"
+    title += f" with {first['blas']}" if first["blas"] else ""
     figure.suptitle(title, fontsize=7, color="#444444")
     by_family = [[c for c in lines if _family(c) == family] for family in COLOURS]
     by_family = [sorted(members, key=caches.index) for members in by_family if members]

@@ -53,12 +53,13 @@ STATUS = Path("/proc/self/status")
 RUSAGE_INFO_V4 = 4
 
 
-def load_model(name: str, seed: int) -> nn.Module:
-    """A model by name, its weights not yet evaluated: one of SHAPES, or what mlx-lm loads."""
+def load_model(name: str, seed: int, **changed: int) -> nn.Module:
+    """A model by name, its weights not yet evaluated: one of SHAPES (or as ``changed``), or what mlx-lm loads."""
     if name not in SHAPES:
         return load(name, lazy=True)[0]
     mx.random.seed(seed)
-    made = llama.Model(llama.ModelArgs("llama", rms_norm_eps=1e-5, tie_word_embeddings=False, **SHAPES[name]))
+    shape = {**SHAPES[name], **changed}
+    made = llama.Model(llama.ModelArgs("llama", rms_norm_eps=1e-5, tie_word_embeddings=False, **shape))
     # MLX's CPU backend computes 16-bit matrix products far slower than float32 ones.
     made.set_dtype(mx.float32 if name == SYNTHETIC and mx.default_device() == mx.cpu else mx.float16)
     return made
