@@ -1,11 +1,11 @@
-"""Which module computes: the plain ops of ``compress`` or the Metal kernels of ``kernels``.
+"""Which module computes: plain ops (``compress``, ``decode`` for one token) or the Metal kernels of ``kernels``.
 
-The functions here have the signatures of ``compress``. On a Mac with Metal the kernels are the
-default, elsewhere the plain ops; the environment variable ``ZM_MLX_KERNELS`` (auto, metal, ops) and
-the argument ``kernels`` of a cache override that. Before its first use with a dtype and shape class
-a kernel is compared with its twin on small data. One that differs or does not compile is left out
-for the rest of the process, with a warning that names it: the text is never wrong because a GPU or
-an operating system is new.
+The functions here have the signatures of ``compress``; ``bind`` is ``attend`` for one token after the
+other. On a Mac with Metal the kernels are the default, elsewhere the plain ops; the environment
+variable ``ZM_MLX_KERNELS`` (auto, metal, ops) and the argument ``kernels`` of a cache override that.
+Before its first use with a dtype and shape class a kernel is compared with its twin on small data.
+One that differs or does not compile is left out for the rest of the process, with a warning that
+names it: the text is never wrong because a GPU or an operating system is new.
 """
 
 import os
