@@ -45,10 +45,13 @@ def bind(queries: mx.array, kept: Kept, recent: Recent, *, kernels: Mode | None 
         return bind(kept, **how)
     if queries.dtype == recent.keys.dtype == mx.float32:
         return decode.bind(kept, **how)
-    # Rows of 16 bits are converted in tiles, which compress does.
-    return lambda queries, score, recent, live: compress.attend(
-        queries, kept._replace(score=score), recent, live=live, **how
-    )
+
+    def step(queries: mx.array, kept_score: mx.array, recent: Recent, live: int) -> decode.Result:
+        # Rows of 16 bits are converted in tiles, which compress does.
+        out, *scores = compress.attend(queries, kept._replace(score=kept_score), recent, live=live, **how)
+        return mx.depends(out, scores), *scores
+
+    return step
 
 
 def score(

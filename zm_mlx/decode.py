@@ -25,7 +25,7 @@ def bind(kept: Kept, *, left: int, layout: Layout, policy: Policy, scale: float,
 
     Returns:
         A function of what changes from token to token: queries, score of the kept rows, recent
-        store and ``live``; its results are those of ``compress.attend``.
+        store and ``live``; its results are those of ``compress.attend``, evaluated together.
     """
     filled = _filled(layout, left)
     rows = [tuple(_Rows.of(kept, group, layout, filled)) for group in layout.groups]
@@ -111,11 +111,12 @@ def _compiled(layout: Layout, policy: Policy, scale: float, filled: int, reach: 
             outputs.append(mx.addmm(out, p_kept, old.values) if rows else out)
             on_kept.append(_padded(p_kept.sum(axis=2), group.rows).flatten(1, 2))
             on_recent.append(_padded(p_recent.sum(axis=2), recent_score.shape[2]))
-        return (
-            mx.concatenate(outputs, axis=1).reshape(batch, query_heads, 1, -1),
+        scores = [
             policy.decay * kept_score + mx.concatenate(on_kept, axis=1),
             policy.decay * recent_score + mx.concatenate(on_recent, axis=1),
-        )
+        ]
+        out = mx.concatenate(outputs, axis=1).reshape(batch, query_heads, 1, -1)
+        return mx.depends(out, scores), *scores
 
     compiled: Callable[..., Result] = mx.compile(step)
     return compiled
