@@ -310,13 +310,18 @@ def _shown(key: str, value: Any) -> str:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measures", nargs="*", choices=[*MEASURES, []], help=f"Default: all of {', '.join(MEASURES)}")
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"Some of {', '.join(MEASURES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
     return parser
 
 
 def main() -> int:
-    args = setup_arg_parser().parse_args()
+    parser = setup_arg_parser()
+    args = parser.parse_args()
+    if unknown := [name for name in args.measures if name not in MEASURES]:
+        parser.error(f"there is no measure {unknown[0]!r}; choose from {', '.join(MEASURES)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be 1 or more, not {args.rounds}")
     mx.random.seed(DEFAULT_SEED)
     found: dict[str, list[Row]] = {}
     facts = environment()
