@@ -31,8 +31,8 @@ def both(cache, queries, sinks=None, scale=0.25):
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("table", [96, (96, 64, 80, 64)], ids=["uniform", "ragged"])
-@pytest.mark.parametrize("tokens", [1, 5, 37, 70, 100, 333], ids=lambda n: f"{n} tokens")
+@pytest.mark.parametrize("table", [256, (256, 96, 160, 96)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("tokens", [1, 5, 90, 150, 200, 333, 500], ids=lambda n: f"{n} tokens")
 def test_a_replayed_step_equals_the_plain_ops(table, policy, groups, tokens):
     cache, queries = fed(table, policy, tokens, groups)
     for sinks in (None, mx.random.normal((4 * groups,)) * 2):
@@ -41,23 +41,40 @@ def test_a_replayed_step_equals_the_plain_ops(table, policy, groups, tokens):
             np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("tokens", range(96, 96 + 13))
+@pytest.mark.parametrize("tokens", range(500, 509))
 def test_rows_that_are_not_filled_yet_are_invisible(tokens):
     """Between two compactions a step reads up to an eighth of the staging rows too many."""
-    cache, queries = fed(96, Policy(), tokens, 1)
+    cache, queries = fed(256, Policy(), tokens, 1)
+    assert cache.layout.staging // 8 == 4
     rows = [x.at[:, :, cache.live :].add(50.0) for x in cache.recent[:2]]
     cache.recent = cache.recent._replace(keys=rows[0], values=rows[1])
     for x, y in zip(*both(cache, queries), strict=True):
         np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
 
 
-def test_half_filled_kept_rows_are_invisible():
-    cache, queries = fed(96, Policy(), 75, 1)
-    assert 0 < cache.left < cache.layout.groups[0].rows
-    empty = mx.arange(cache.kept.keys.shape[1]) % cache.layout.groups[0].rows >= cache.left
+def test_kept_rows_that_are_not_filled_yet_are_invisible():
+    cache, queries = fed(256, Policy(), 150, 1)
+    full = cache.layout.groups[0].rows
+    assert 0 < cache.left < full and cache.left % (full // 8)
+    empty = mx.arange(cache.kept.keys.shape[1]) % full >= cache.left
     cache.kept = cache.kept._replace(keys=mx.where(empty[:, None], 50.0, cache.kept.keys))
     for x, y in zip(*both(cache, queries), strict=True):
         np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
+def test_scores_do_not_pile_up_as_graph_between_compactions(dtype):
+    """Decode evaluates only the output of a step."""
+    cache = ZeroMergeCache(512)
+    new = [mx.random.normal((1, 2, 520, 64)).astype(dtype) for _ in range(3)]
+    mx.eval(cache.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125))
+    active = []
+    for _ in range(50):
+        keys, values = cache.update_and_fetch(*(x[:, :, :1] for x in new[1:]))
+        mx.eval(cache.attend(new[0][:, :, :1], keys, values, 0.125))
+        active.append(mx.get_active_memory())
+    assert cache.staged > 50, "a compaction evaluates everything"
+    assert max(active[5:]) - min(active[5:]) < cache.nbytes / 50
 
 
 def test_steps_are_recorded_a_few_times_and_not_at_each_token():
