@@ -296,7 +296,10 @@ def card(subject: Subject, caches: Sequence[Cache], args: argparse.Namespace) ->
         lines.append(f"{cache.name:<20}" + "".join(f"{f'{size(a)} {a / b:5.2f}x':>18}" for a, b in held))
     if first.itemsize > 2 and any(c.family == "veloxquant" for c in caches):
         lines.append("(VeloxQuant-MLX stores 16-bit numbers, also of a float32 model)")
-    return [*lines, "(x: of the keys and values of all tokens)"]
+    lines.append("(x: of the keys and values of all tokens)")
+    if args.contexts:
+        lines.append("(decode points: caches are filled with seeded random keys and values, not by a prefill)")
+    return lines
 
 
 def _say_what_is_there(args: argparse.Namespace, records: Records, points: list[Record], todo: int) -> None:

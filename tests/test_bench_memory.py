@@ -363,6 +363,7 @@ def test_missing_veloxquant_is_named_with_the_remedy(capsys):
 def test_card_needs_no_weights_and_measures_nothing(capsys, tmp_path):
     before = mx.get_active_memory()
     code, out, _ = run(capsys, tmp_path, "--llama2-7b-shape", "--card", "--caches", "full", "zeromerge:2048")
+    assert "seeded random" in out
     assert code == 0 and not os.path.exists(tmp_path / "out.jsonl")
     assert "524.29 KB of keys and values a token" in out and "34.36 GB" in out
     assert mx.get_active_memory() < before + 2**20
