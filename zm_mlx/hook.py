@@ -40,8 +40,7 @@ def attention(
 ) -> mx.array:
     """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache``."""
     if isinstance(cache, ZeroMergeCache):
-        if mask is not None or queries.shape[2] > 1:
-            _require_causal(mask, queries.shape[2])
+        _require_causal(mask, queries.shape[2])
         return cache.attend(queries, keys, values, scale, mask, sinks)
     return _original(queries, keys, values, cache, scale, mask, sinks)
 
