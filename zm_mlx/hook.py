@@ -5,6 +5,7 @@ their cache as an argument. It is replaced by one that looks at the cache: a ``Z
 attends itself, every other cache gets mlx-lm's own function, untouched.
 """
 
+import importlib
 import io
 import re
 import sys
@@ -20,6 +21,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .budget import LayerShape
 from .cache import ZeroMergeCache
 from .errors import UnsupportedModelError
+from .model_caches import zero_merge
+
+mlx_lm_generate: Any = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
 
 NAME = "scaled_dot_product_attention"
 PROBE_CALLS = (3, 1)  # tokens
@@ -27,6 +31,7 @@ PROBE_ROWS = 64
 BOUNDED = (mlx_lm_cache.RotatingKVCache, mlx_lm_cache.ChunkedKVCache, mlx_lm_cache.ArraysCache)
 
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
+_original_quantize: Callable[..., None] = mlx_lm_generate.maybe_quantize_kv_cache
 
 
 def attention(
@@ -45,9 +50,24 @@ def attention(
     return _original(queries, keys, values, cache, scale, mask, sinks)
 
 
+def quantize(prompt_cache: list[Any], quantized_kv_start: int, kv_group_size: int, kv_bits: int | None) -> None:
+    """mlx-lm's ``maybe_quantize_kv_cache``, which generation calls after each of its calls of the model.
+
+    Raises:
+        ValueError: ``kv_bits`` is given with a ``ZeroMergeCache``. mlx-lm would ignore it until
+            ``quantized_kv_start``, and inside of a ``CacheList`` for ever.
+    """
+    if kv_bits is not None and zero_merge(prompt_cache):
+        raise ValueError(
+            f"kv_bits={kv_bits} (--kv-bits) does not work with a ZeroMerge cache: leave it out, or use the full cache"
+        )
+    _original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
 def register() -> None:
     """Hook every mlx-lm model module, loaded or yet to come; let mlx-lm's loader find the cache class."""
     base.scaled_dot_product_attention = attention
+    mlx_lm_generate.maybe_quantize_kv_cache = quantize
     mlx_lm_cache.ZeroMergeCache = ZeroMergeCache
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models."):
