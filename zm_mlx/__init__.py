@@ -1,5 +1,6 @@
 """Long contexts in a KV cache of fixed size on Apple Silicon: ZeroMerge for mlx-lm."""
 
+from . import interrupts  # noqa: F401 - before all that takes seconds to load
 from .budget import Budget
 from .cache import ZeroMergeCache
 from .errors import UnsupportedModelError

@@ -3,3 +3,7 @@
 
 class UnsupportedModelError(ValueError):
     """A model whose attention cannot run on this cache; the message names the model and the reason."""
+
+
+class UserError(Exception):
+    """What someone at a command line can mend; the message is one line that says how."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .caches import CacheSet
 from .layout import Layout
 from .plan import Plan
 
@@ -24,6 +25,7 @@ class Run:
     kv_bytes: int = 0
     full_bytes: int | None = None
     seen: int = 0
+    state: str | None = None
     peak_memory: int = 0
     finish_reason: str | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -32,12 +34,29 @@ class Run:
         """mlx-lm's progress of the prompt."""
         self.prompt_done, self.prompt_seconds = done, time.perf_counter() - self.started
 
-    def close(self, caches: list[Any], plan: Plan | None) -> None:
-        """Note what the caches hold at the end, and what full ones would."""
-        self.generation_seconds = max(0.0, time.perf_counter() - self.started - self.prompt_seconds)
-        self.kv_bytes = sum(c.nbytes for c in caches if not _empty(c))
-        self.seen = self.prompt_done + max(0, len(self.tokens) - 1) if self.tokens else self.prompt_done
-        self.full_bytes = plan.full_bytes(self.seen) if plan else None
+    def add(self, response: Any) -> None:
+        """One response of mlx-lm."""
+        self.tokens.append(response.token)
+        self.text += response.text
+        self.finish_reason = response.finish_reason
+
+    def close(self, caches: CacheSet) -> None:
+        """Note what the caches hold at the end, and what full ones would.
+
+        An interrupt falls between two reports of progress, so what was taken is counted from the caches.
+        """
+        elapsed = time.perf_counter() - self.started
+        seen = caches.seen
+        if not self.tokens:
+            self.prompt_seconds = elapsed
+            if seen is not None:
+                self.prompt_done = min(self.prompt_tokens, max(0, seen - caches.before))
+        self.generation_seconds = max(0.0, elapsed - self.prompt_seconds)
+        self.kv_bytes, self.full_bytes = caches.nbytes, caches.full_bytes
+        self.seen = self.prompt_done + max(0, len(self.tokens) - 1) if seen is None else seen
+        self.state = caches.state
+        if self.prompt_done < self.prompt_tokens and self.state is not None:
+            self.state = self.state.replace(", everything fits", " so far")
         self.peak_memory = mx.get_peak_memory()
 
     @property
@@ -62,13 +81,6 @@ class Run:
             "finish_reason": self.finish_reason,
             "text": self.text,
         }
-
-
-def _empty(cache: Any) -> bool:
-    try:
-        return bool(cache.empty())
-    except (AttributeError, NotImplementedError):
-        return False
 
 
 def describe(layout: Layout) -> str:
@@ -99,19 +111,18 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def run_lines(run: Run, plan: Plan | None) -> list[str]:
+def run_lines(run: Run) -> list[str]:
     """The closing statistics."""
     lines = [
         f"Prompt: {run.prompt_done} of {run.prompt_tokens} tokens, {run.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {len(run.tokens)} tokens, {run.generation_tps:.3f} tokens-per-sec",
     ]
     kv = f"KV cache: {size(run.kv_bytes)} now"
-    if run.full_bytes:
+    if run.full_bytes and run.cache != "full":
         kv += f", {size(run.full_bytes)} in a full cache ({run.kv_bytes / run.full_bytes:.2f} x)"
     lines.append(kv)
-    if plan is not None and run.cache == "zeromerge":
-        compressed = "compressed" if run.seen > plan.capacity else "not compressed, everything fits"
-        lines.append(f"Seen: {run.seen} tokens, {compressed}")
+    if run.state is not None:
+        lines.append(f"Seen: {run.seen} tokens, {run.state}")
     lines.append(f"Peak memory: {run.peak_memory / 1e9:.3f} GB")
     return lines
 

@@ -1,0 +1,153 @@
+"""Flags that several commands share: how mlx-lm's parsers become ours, and checks that need no model."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .budget import Budget
+from .engine import LIMITS
+from .errors import UserError
+from .prompts import RESERVED, encodable
+from .sampling import RANGES, Range, Sampling
+
+DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
+
+QUANTISED = "a quantised KV cache is mlx-lm's own"
+SPECULATIVE = "speculative decoding needs a cache that can be trimmed; use mlx_lm.generate"
+REFUSED = {
+    "max_kv_size": "use --kv-budget, which holds for every model",
+    "kv_bits": QUANTISED,
+    "kv_group_size": QUANTISED,
+    "quantized_kv_start": QUANTISED,
+    "draft_model": SPECULATIVE,
+    "num_draft_tokens": SPECULATIVE,
+    "image": "images are mlx_lm.generate's",
+    "quantize_activations": "use mlx_lm.generate",
+}
+TEXTS = ("prompt", "system_prompt", "prefill_response", "chat_template_config", "extra_eos_token", "eos_token")
+
+
+def adopt(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    """Make a parser of mlx-lm ours: its name, errors, ranges, default model, and the flags that are refused."""
+    parser.prog = f"python -m {command}"
+    parser.error = _usage_error  # type: ignore[method-assign]
+    ranges = {**RANGES, **LIMITS}
+    for action in parser._actions:
+        if action.dest in ranges:
+            action.type = _number(action, ranges[action.dest])
+            action.help = f"{action.help}; {ranges[action.dest].words}".replace("%", "%%")
+        elif action.dest in REFUSED:  # None says that the flag was not given, whatever its value
+            action.default, action.type = None, None
+            action.help = f"Refused here: {REFUSED[action.dest]}"
+    # None, not the default: a saved prompt names its own model.
+    parser.set_defaults(model=None, prompt=None)
+    _describe(parser, "model", "Local folder or Hugging Face repository; without it the small model of the package")
+    _describe(parser, "prompt_cache_file", "File of a saved prompt, which python -m zm_mlx.cache_prompt writes")
+    return parser
+
+
+def add_prompt_file(group: Any) -> None:
+    group.add_argument("--prompt-file", help="Text file in UTF-8 with the prompt, as it is ('-' reads from stdin)")
+
+
+def add_budget(group: Any, auto: str) -> None:
+    """``--kv-budget`` and ``--prefill``; ``auto`` says what a budget of auto means to the command."""
+    group.add_argument(
+        "--kv-budget",
+        default=None,
+        help="Size of the KV cache: a fraction of the prompt with a decimal point (0.2), rows per head (2048), "
+        f"bytes for the whole model (512MB, 1.5GB), or auto: {auto} (default)",
+    )
+    group.add_argument(
+        "--prefill",
+        choices=["auto", "exact", "streaming"],
+        default="auto",
+        help="exact holds the whole prompt and compresses it once, streaming never exceeds the budget; "
+        "auto is exact where the prompt fits into memory (default)",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said without a model, for the flags that a command has.
+
+    Raises:
+        UserError: a flag that is refused, a text that cannot be encoded, or a value without meaning.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name, remedy in REFUSED.items():
+        if name in given:
+            raise UserError(f"{flag(name)} does not work here: {remedy}")
+    for name in ("model", "adapter_path", "prompt_file", "prompt_cache_file"):
+        if given.get(name, "name").strip() == "":
+            raise UserError(f"{flag(name)} needs a name, not {given[name]!r}")
+    for name in TEXTS:
+        for text in [given.get(name, "")] if name != "extra_eos_token" else given.get(name, ()):
+            encodable(flag(name), text)
+    if "prompt" in given and "prompt_file" in given:
+        raise UserError("--prompt and --prompt-file: give one of them")
+    if "kv_budget" in given:
+        budget(args.kv_budget)
+
+
+def budget(text: str) -> Budget:
+    """A budget as it was given."""
+    try:
+        return Budget.parse(text)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--kv-budget: {error}") from error
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+
+
+def check_vocabulary(sampling: Sampling, size: int) -> None:
+    """Refuse sampling that needs more tokens than the model has."""
+    try:
+        sampling.check_vocabulary(size)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"{flag(name)} {rest}") from error
+
+
+def template_options(text: str | None) -> Mapping[str, Any]:
+    """``--chat-template-config``: what goes to the chat template besides the messages."""
+    if text is None:
+        return {}
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--chat-template-config must be a JSON object: {error}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--chat-template-config must be a JSON object ({{...}}), not {text[:40]}")
+    if taken := sorted(RESERVED & options.keys()):
+        raise UserError(f"--chat-template-config must not hold {', '.join(taken)}: set by this command itself")
+    return options
+
+
+def flag(name: str) -> str:
+    """The flag of a name in ``args``."""
+    return "--" + name.replace("_", "-")
+
+
+def _number(action: argparse.Action, limit: Range) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            return limit.parse(text)
+        except ValueError as error:  # argparse would leave out the range
+            raise UserError(f"{flag(action.dest)} {error}") from error
+
+    return parse
+
+
+def _describe(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    for action in parser._actions:
+        if action.dest == name:
+            action.help = text
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise UserError(f"{message} (--help lists the flags)")
