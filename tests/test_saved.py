@@ -103,7 +103,7 @@ def test_every_setting_of_the_policy_comes_back_exactly(path, model):
         None,
         {},
         {"prompt": "naïve: ünïcode 🙂", "a.b": "c", "a": "d", "": "", "0": '\0\n"quoted"\\'},
-        {"0.zm_mlx_sha256": '"0.zm_mlx_sha256":"' + 64 * "0" + '"', "1.0": "KVCache", "format": "mlx"},
+        {"0.zm_mlx_sha256": '"0.zm_mlx_sha256":"' + 64 * "0" + '"', "1": "KVCache", "format": "mlx"},
     ],
     ids=["none", "empty", "names and values", "look-alikes"],
 )
@@ -151,6 +151,12 @@ def test_the_environment_chooses_where_a_cache_was_made_without_a_choice(path, m
     zm_mlx.save_prompt_cache(path, caches())
     monkeypatch.setenv("ZM_MLX_KERNELS", "ops")
     assert zm_mlx.load_prompt_cache(path, model)[0].kernels == "ops"
+
+
+@pytest.mark.parametrize("none", [None, "small_model"])
+def test_what_is_no_model_raises(file, none):
+    with pytest.raises(ValueError, match="model must be an mlx-lm model"):
+        zm_mlx.load_prompt_cache(file, none)
 
 
 def test_unknown_kernels_raise(file, model):
@@ -357,6 +363,13 @@ def test_a_pending_update_is_not_saved(path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("foreign", [None, "KVCache", mlx_lm_cache.CacheList(ZeroMergeCache(20), 5)])
+def test_what_is_no_cache_is_not_saved(path, foreign):
+    with pytest.raises(ValueError, match=r"must be one of mlx-lm or zm_mlx, not ('KVCache'|None|5)"):
+        zm_mlx.save_prompt_cache(path, [*caches(), foreign])
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("none", [[], None, [mlx_lm_cache.KVCache()], [mlx_lm_cache.CacheList()]])
 def test_caches_that_could_not_be_loaded_are_not_saved(path, none):
     with pytest.raises(ValueError, match="no ZeroMerge cache to save"):
@@ -368,7 +381,7 @@ def test_caches_that_could_not_be_loaded_are_not_saved(path, none):
     "metadata",
     [
         *({"a": x} for x in (1, None, ["b"], {"b": "c"}, b"b", "\ud800")),
-        *({x: "a"} for x in (1, "\udcff", "zm_mlx_sha256", "zm_mlx_")),
+        *({x: "a"} for x in (1, "\udcff", "zm_mlx_sha256", "zm_mlx_", "a.99999999999", "a. 1", "a.b.+5.c")),
         "a",
         [("a", "b")],
     ],

@@ -307,8 +307,9 @@ def test_a_place_where_no_file_can_be_raises_oserror_with_the_path(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_name_as_long_as_the_file_system_allows_works(tmp_path, model):
-    path = tmp_path / ("ü" * 121 + "a.safetensors")
+@pytest.mark.parametrize("name", ["ü" * 121 + "a", "\udcff", "a\nb"], ids=["as long as allowed", "no Unicode", "lines"])
+def test_any_name_that_the_file_system_takes_works(tmp_path, model, name):
+    path = tmp_path / f"{name}.safetensors"
     zm_mlx.save_prompt_cache(path, caches())
     assert len(zm_mlx.load_prompt_cache(path, model)) == 2
 

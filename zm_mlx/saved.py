@@ -57,6 +57,8 @@ def save_prompt_cache(path: str | os.PathLike[str], caches: list[Any], metadata:
     _check_suffix(path)
     if not isinstance(caches, list | tuple) or not zero_merge(caches):
         raise ValueError("there is no ZeroMerge cache to save; mlx-lm's own caches are saved with mlx-lm")
+    if foreign := [c for c in members(caches) if not hasattr(type(c), "state")]:
+        raise ValueError(f"a cache must be one of mlx-lm or zm_mlx, not {foreign[0]!r}")
     if any(c._pending is not None for c in zero_merge(caches)):
         raise ValueError("a cache has tokens that were never attended; save it between two calls of the model")
     noted = {
@@ -89,6 +91,8 @@ def load_prompt_cache(
         UnsupportedModelError: the model cannot be served.
         OSError: the file cannot be read.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an mlx-lm model, as mlx_lm.load returns it, not {model!r}")
     chosen = kernels and backend.mode(kernels)
     caches, _ = read(path)
     probe(model)
@@ -110,7 +114,8 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
         raise OSError(f"{path} is no file") if path.exists() else FileNotFoundError(f"no prompt cache file at {path}")
     try:
         _check_suffix(path)
-        with path.open("rb") as file:
+        # mlx takes the kind of a file from its name, and knows no names that are not Unicode.
+        with open("cache.safetensors", "rb", opener=lambda _, flags: os.open(path, flags)) as file:
             noted = _verified(file)
             file.seek(0)
             caches: list[Any] = mlx_lm_cache.load_prompt_cache(file)
@@ -140,6 +145,8 @@ def _checked(metadata: dict[str, str] | None) -> dict[str, str]:
             raise ValueError(f"metadata must be strings, names and values alike, unlike {item[0]!r}: {item[1]!r}")
         if item[0].startswith(RESERVED):
             raise ValueError(f"the metadata {item[0]!r} cannot be saved: names with {RESERVED} belong to zm_mlx")
+        if re.search(r"\.\W*\d", item[0]):  # and makes as long a list
+            raise ValueError(f"the metadata {item[0]!r} cannot be saved: mlx-lm reads a number after a dot as an index")
         try:
             "".join(item).encode()
         except UnicodeEncodeError as error:
