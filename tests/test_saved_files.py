@@ -174,8 +174,8 @@ def test_an_array_that_claims_more_than_the_file_has_is_not_allocated(path, mode
 
 def test_a_sparse_file_with_an_absurd_header_is_not_read(path, model):
     with path.open("wb") as made:
-        made.write((10**11).to_bytes(8, "little"))
-        made.truncate(2 * 10**11)
+        made.write((10**9).to_bytes(8, "little"))
+        made.truncate(2 * 10**9)
     assert_refused(path, model, "longer than the 100000000 bytes that the format allows")
 
 
@@ -310,6 +310,10 @@ def test_a_place_where_no_file_can_be_raises_oserror_with_the_path(tmp_path):
 @pytest.mark.parametrize("name", ["ü" * 121 + "a", "\udcff", "a\nb"], ids=["as long as allowed", "no Unicode", "lines"])
 def test_any_name_that_the_file_system_takes_works(tmp_path, model, name):
     path = tmp_path / f"{name}.safetensors"
+    try:
+        path.touch()
+    except OSError as error:
+        pytest.skip(f"not here: {error}")
     zm_mlx.save_prompt_cache(path, caches())
     assert len(zm_mlx.load_prompt_cache(path, model)) == 2
 
