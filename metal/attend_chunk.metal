@@ -162,10 +162,10 @@ sum += simd_shuffle_xor(sum, 1);
 sum += simd_shuffle_xor(sum, 2);
 const size_t place = (size_t(split) * threadgroups_per_grid.z * heads + head) * total + query;
 if (query < total && lane % 4 == 0) {
-  log_sum_exp[place] = sum > 0 ? top + log(sum) : ZM_NEG_INF;
+  log_sum_exp[place] = sum == 0 ? ZM_NEG_INF : top + log(sum);  // NaN stays NaN
 }
 if (VALUES) {
-  const float inverse = sum > 0 ? 1 / sum : 0;
+  const float inverse = sum == 0 ? 0 : 1 / sum;
   ZM_UNROLL
   for (int d = 0; d < DV / 8; d++) {
     simdgroup_barrier(mem_flags::mem_threadgroup);

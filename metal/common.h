@@ -50,10 +50,14 @@ inline int zm_recent_row(int row, int kept_rows) { return 2 * kept_rows + row; }
 // One lane's read of what all lanes need. The argument is read in the body, where its address space is known.
 #define ZM_UNIFORM(x) simd_broadcast(thread_index_in_simdgroup == 0 ? (x) : 0, 0)
 
-// A float as an integer with the same order; -0 equals 0.
+// By its bits, for a compiler may take it that there is no NaN.
+inline bool zm_is_nan(float x) { return (as_type<uint>(x) & 0x7fffffffu) > 0x7f800000u; }
+
+// A float as an integer with the same order; -0 equals 0, NaN equals -inf.
 inline uint zm_ordered(float x) {
   uint bits = as_type<uint>(x);  // compared as bits, for a GPU may take a denormal for 0
   if (bits == 0x80000000u) bits = 0;
+  if (zm_is_nan(x)) bits = 0xff800000u;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -76,7 +76,7 @@ for (int begin = 0; begin < count; begin += TILE) {
         }
         dot = simd_sum(dot);
         const int r = first_centre + j * SIMDS;
-        if (lane == 0 && r < R) dots[v][r] = dot;
+        if (lane == 0 && r < R) dots[v][r] = zm_is_nan(dot) ? ZM_NEG_INF : dot;
       }
     }
   }

@@ -93,7 +93,7 @@ def test_sinks_reach_the_right_heads_of_an_unequal_table(prefill):
 def test_a_known_prompt_length_equals_finish_prompt():
     q, k, v = tokens(1, 60)
     known = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=50)
-    by_hand = ZeroMergeCache(20, policy=SMALL, prefill="exact")
+    by_hand = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=999)
     a, b = give(known, q, k, v), give(by_hand, *(x[:, :, :50] for x in (q, k, v)))
     assert (known.prefill, by_hand.prefill) == ("streaming", "exact")
     by_hand.finish_prompt()
@@ -163,12 +163,12 @@ def test_a_short_second_prompt_leaves_the_arrays_at_their_size(second):
             assert cache.nbytes == cache.layout.nbytes(8, 8, 4)
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("size", [2, 7, 1000])
 @pytest.mark.parametrize("known", [True, False])
 def test_only_the_last_queries_of_an_exact_prompt_score_it(monkeypatch, size, known):
     monkeypatch.setattr(Policy, "window", property(lambda self: 5))
     q, k, v = tokens(6, 45)
-    cache = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=40 if known else None)
+    cache = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=40 if known else 999)
     give(cache, *(x[:, :, :40] for x in (q, k, v)), size)
     cache.finish_prompt()
     give(cache, *(x[:, :, 40:] for x in (q, k, v)))
@@ -211,7 +211,7 @@ def test_finish_prompt_does_nothing_while_streaming_or_empty():
     before = [x for x in cache.state if isinstance(x, mx.array)]
     cache.finish_prompt()
     assert all(x is y for x, y in zip(before, (x for x in cache.state if isinstance(x, mx.array)), strict=True))
-    empty = ZeroMergeCache(20, policy=SMALL, prefill="exact")
+    empty = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=9)
     empty.finish_prompt()
     assert empty.prefill == "streaming" and empty.empty()
 
@@ -225,11 +225,17 @@ def test_bad_arguments_raise_and_name_themselves():
         ZeroMergeCache(5)
     with pytest.raises(ValueError, match="smallest that works"):
         ZeroMergeCache([64, 5])
-    cache = ZeroMergeCache(64, prefill="exact", prompt_length=9)
-    with pytest.raises(ValueError, match="call finish_prompt first"):
-        cache.begin_prompt(5)
+    with pytest.raises(ValueError, match="give prompt_length"):
+        ZeroMergeCache(64, prefill="exact")
+    for rows in ("x", [64, 64.5], None, 64.0, [[64, 64]]):
+        with pytest.raises(ValueError, match="rows per head are whole numbers"):
+            ZeroMergeCache(rows)
+    with pytest.raises(ValueError, match="too large"):
+        ZeroMergeCache(2**31)
+    with pytest.raises(ValueError, match=r"policy must be a zm_mlx\.Policy, not 'x'"):
+        ZeroMergeCache(64, policy="x")
     with pytest.raises(ValueError, match="empty"):
-        cache.held(0)
+        ZeroMergeCache(64).held(0)
     with pytest.raises(ValueError, match="needs 2 numbers, one for each KV head, not 3"):
         ZeroMergeCache([64, 64, 64]).update_and_fetch(*tokens(0, 1)[1:])
 
@@ -373,17 +379,46 @@ def test_two_thousand_decode_steps_leave_memory_flat():
     assert max(compactions) < 3 * whole
 
 
-def test_exact_decode_within_the_prompt_does_not_copy_it_every_step():
-    q, k, v = tokens(0, 1000, groups=1, dim=64)
-    cache = ZeroMergeCache(64, prefill="exact")
-    give(cache, *(x[:, :, :900] for x in (q, k, v)), 300)
-    whole, copies = cache.nbytes, 0
-    for t in range(900, 1000):
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        give(cache, *(x[:, :, t : t + 1] for x in (q, k, v)))
-        copies += mx.get_peak_memory() - before > whole / 2
-    assert copies <= 1, "the prompt is copied for every token"
+# Calls of an exact prompt whose announced end never comes, and of what follows, which ends in decoding.
+ENDLESS = {
+    "prompt, then decoding": [[150] + [1] * 30],
+    "chunks, then decoding": [[64, 64, 22] + [1] * 30],
+    "token by token": [[1] * 120],
+    "cancelled, then another prompt": [[100], [50] + [1] * 9],
+    "cancelled, then begun again": [[100], "begin", [50] + [1] * 9],
+    "one token in the middle": [[40, 1, 40, 1, 1, 40]],
+}
+
+
+@pytest.mark.parametrize("history", ENDLESS)
+@pytest.mark.parametrize("rows", [20, [12, 50]])
+def test_the_cap_holds_when_the_announced_end_of_a_prompt_never_comes(history, rows):
+    cache = ZeroMergeCache(rows, policy=SMALL, prefill="exact", prompt_length=5000)
+    q, k, v = tokens(7, 400)
+    for part in ENDLESS[history]:
+        if part == "begin":
+            cache.begin_prompt(4000)
+            continue
+        for size in part:
+            give(cache, *(x[:, :, cache.offset : cache.offset + size] for x in (q, k, v)))
+            if size == 1:
+                assert len(cache.held(0).weight) <= cache.layout.rows[0]
+    assert cache.prefill == "streaming" and cache.nbytes == cache.layout.nbytes(8, 8, 4)
+    if history.startswith(("prompt", "chunks")):
+        short = ZeroMergeCache(rows, policy=SMALL, prefill="exact", prompt_length=150)
+        give(short, *(x[:, :, : cache.offset] for x in (q, k, v)))
+        assert_same_state(cache, short)
+
+
+@pytest.mark.parametrize("chunks", [[50], [48, 1, 1], [49, 1], [7] * 8])
+def test_the_one_token_calls_at_the_end_of_a_prompt_are_no_decoding(chunks):
+    """mlx-lm's last chunk may be a single token, and so is the call after it."""
+    q, k, v = tokens(8, sum(chunks))
+    cut = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=sum(chunks))
+    whole = ZeroMergeCache(20, policy=SMALL, prefill="exact", prompt_length=sum(chunks))
+    give(cut, q, k, v, chunks)
+    give(whole, q, k, v)
+    assert_same_state(cut, whole)
 
 
 def test_an_exact_prompt_is_freed_when_it_ends():
@@ -407,7 +442,7 @@ def test_a_prompt_of_an_exact_prefill_does_not_hold_all_its_logits(monkeypatch, 
     logits, outputs = 4 * 4 * 1000 * 1000, []
     for limit in (2**17, 2**30):
         monkeypatch.setattr(compress, "LOGIT_BYTES", limit)
-        cache = ZeroMergeCache(64, prefill="streaming" if earlier else "exact")
+        cache = ZeroMergeCache(64, **({} if earlier else {"prefill": "exact", "prompt_length": 2000}))
         if earlier:
             give(cache, *(x[:, :, :earlier] for x in (q, k, v)))
             cache.begin_prompt(2000)
@@ -458,7 +493,7 @@ def test_it_inherits_nothing_from_mlx_lms_caches():
 @pytest.mark.parametrize("rows", [20, [30, 9]])
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_deep_copy_is_independent(rows, exact):
-    cache = filled(rows=rows, **({"prefill": "exact"} if exact else {}))
+    cache = filled(rows=rows, **({"prefill": "exact", "prompt_length": 70} if exact else {}))
     other, reference = copy.deepcopy(cache), copy.deepcopy(cache)
     give(cache, *tokens(5, 40))
     assert other.offset == 50 and cache.offset == 90

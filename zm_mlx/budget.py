@@ -2,17 +2,18 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from .layout import Layout, smallest_rows
+from .layout import MAX_ROWS, Layout, smallest_rows
 from .policy import Policy
 
 FRACTION_FLOOR = 64  # rows; a fraction of a short prompt is not worth compressing below this
-AUTO_STEP = 256
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MAX_TEXT = 64  # characters; Python refuses to read much longer numbers
 FORMS = "'auto', a fraction of the prompt with a decimal point (0.2), rows per head (2048), or bytes (512MB, 1.5GB)"
 
 Kind = Literal["auto", "fraction", "rows", "bytes"]
@@ -53,10 +54,12 @@ class Budget:
         if isinstance(given, float):
             return cls._fraction(float(given))
         text = str(given).strip()
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"cannot read a budget of {text[:MAX_TEXT]!r}…: it is {FORMS}")
         if text.lower() == "auto":
             return cls("auto")
         if match := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*((?:[KMG]i?)?B)", text, re.IGNORECASE):
-            return cls._positive(text, "bytes", math.floor(float(match[1]) * UNITS[match[2].upper()]))
+            return cls._positive(text, "bytes", math.floor(Fraction(match[1]) * UNITS[match[2].upper()]))
         if re.fullmatch(r"[+-]?\d+", text):
             return cls._positive(text, "rows", int(text))
         if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
@@ -117,9 +120,6 @@ def resolve(
             fraction and the prompt's length is not known.
     """
 
-    def total(rows: int) -> int:
-        return sum(layout(rows, s, policy).nbytes(s.head_dim, s.value_dim, s.itemsize) for s in shapes)
-
     if budget.kind == "rows":
         rows = int(budget.value)
         layout(rows, shapes[0], policy)
@@ -133,26 +133,23 @@ def resolve(
         return Rows(rows, f"{budget} of {prompt_tokens} tokens")
     if budget.kind == "bytes":
         least = smallest(policy)
-        if total(least) + other_bytes > budget.value:
+        need = total_bytes(least, shapes, policy) + other_bytes
+        if need > budget.value:
             raise ValueError(
                 f"a budget of {budget.value:,.0f} bytes is too small for this model: "
-                f"the smallest that works is {total(least) + other_bytes:,} bytes"
+                f"the smallest that works is {need:,} bytes"
             )
-        rows = largest(lambda n: total(n) + other_bytes <= budget.value, least)
-        return Rows(rows, f"what {budget.value:,.0f} bytes hold")
+        return Rows(largest(shapes, policy, int(budget.value) - other_bytes), f"what {budget.value:,.0f} bytes hold")
     limits = {"the model's context": model_context}
     if prompt_tokens is not None:
         limits["prompt and new tokens"] = prompt_tokens + new_tokens
     if free_bytes is not None:
-        least = smallest(policy)
-        fits = largest(lambda n: total(n) + other_bytes <= free_bytes, least)
-        limits["what memory allows"] = fits
+        limits["what memory allows"] = largest(shapes, policy, free_bytes - other_bytes)
     known = {reason: n for reason, n in limits.items() if n is not None}
     if not known:
         raise ValueError("a budget of auto needs prompt_length, a model with a known context, or a memory limit")
     reason = min(known, key=lambda r: known[r])
-    rows = math.ceil(known[reason] / AUTO_STEP) * AUTO_STEP
-    return Rows(rows, f"auto: {reason}")
+    return Rows(max(known[reason], smallest(policy)), f"auto: {reason}")
 
 
 def layout(rows: int | Sequence[int], shape: LayerShape, policy: Policy) -> Layout:
@@ -165,12 +162,13 @@ def smallest(policy: Policy) -> int:
     return smallest_rows(policy.residual, policy.staging)
 
 
-def largest(fits: Callable[[int], bool], least: int) -> int:
-    """The largest N ≥ ``least`` for which ``fits(N)``, at least ``least``; ``fits`` is monotone."""
-    low, high = least, least + 1
-    while high < 2**40 and fits(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def total_bytes(rows: int, shapes: Sequence[LayerShape], policy: Policy) -> int:
+    """Bytes of the caches of all layers with N rows per head."""
+    return sum(layout(rows, s, policy).nbytes(s.head_dim, s.value_dim, s.itemsize) for s in shapes)
+
+
+def largest(shapes: Sequence[LayerShape], policy: Policy, room: int) -> int:
+    """The most rows per head whose caches take ``room`` bytes in all, at least the fewest that work."""
+    least, most = smallest(policy), MAX_ROWS // max(s.heads for s in shapes)
+    rows = range(least, most + 1)
+    return least + max(0, bisect_right(rows, room, key=lambda n: total_bytes(n, shapes, policy)) - 1)

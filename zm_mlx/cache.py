@@ -9,7 +9,7 @@ from mlx_lm.models.cache import create_attention_mask
 
 from . import backend, decode
 from .errors import UnsupportedModelError
-from .layout import Layout
+from .layout import Layout, whole_rows
 from .policy import Policy
 from .raw import attend_raw
 from .stores import Held, Kept, Recent, held, to_model, to_storage
@@ -36,8 +36,9 @@ class ZeroMergeCache:
         rows: N, rows per KV head; one number for all heads or one a head.
         policy: the settings of the method.
         prefill: "streaming" compacts as tokens arrive; "exact" keeps the prompt whole until
-            ``prompt_length`` tokens were seen (or ``finish_prompt`` is called) and compacts once.
-        prompt_length: tokens of the prompt, where known.
+            ``prompt_length`` tokens were seen (or ``finish_prompt`` is called, or a one-token call
+            shows that decoding has begun) and compacts once.
+        prompt_length: tokens of the prompt to come; "exact" needs it.
         kernels: "metal" or "ops" instead of what ``zm_mlx.backend`` would choose.
 
     Raises:
@@ -57,8 +58,13 @@ class ZeroMergeCache:
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
         self.policy = policy or Policy()
         self.kernels = backend.mode(kernels)
-        self.table = tuple(int(n) for n in rows) if isinstance(rows, Iterable) else int(rows)
-        self._layout_of(1 if isinstance(self.table, int) else len(self.table))
+        if policy is not None and not isinstance(policy, Policy):
+            raise ValueError(f"policy must be a zm_mlx.Policy, not {policy!r}")
+        table = whole_rows(rows, 1)
+        self.table = tuple(table) if isinstance(rows, Iterable) else table[0]
+        self._layout_of(len(table))
+        if prefill == "exact" and prompt_length is None:
+            raise ValueError("prefill='exact' ends with the prompt: give prompt_length, or take prefill='streaming'")
         self._start()
         if prefill == "exact":
             self._begin_exact(prompt_length)
@@ -94,11 +100,12 @@ class ZeroMergeCache:
     def begin_prompt(self, length: int) -> None:
         """Take the next ``length`` tokens as one prompt, kept whole and compacted once at its end.
 
+        A prompt that has not come to its announced end ends here.
+
         Raises:
-            ValueError: length is not positive, or an exact prefill is still under way.
+            ValueError: length is not positive.
         """
-        if self.exact:
-            raise ValueError("begin_prompt: the prompt before has not ended; call finish_prompt first")
+        self.finish_prompt()
         self._begin_exact(length)
         if self.recent is not None and self.live + length > self.recent.keys.shape[2]:
             self._reserve(self.live + length)
@@ -112,6 +119,8 @@ class ZeroMergeCache:
             return
         self.exact = False
         if self.layout is None or self._prompt_seen == 0:
+            if self.layout is not None:
+                self._reserve(self.layout.recent)
             return
         self._score_kept_queries()
         self._queries = self._sinks = None
@@ -124,6 +133,15 @@ class ZeroMergeCache:
         return self.left + self.live - self.prompt_begin
 
     @property
+    def _is_decoding(self) -> bool:
+        """Whether a one-token call comes from decoding, though the announced prompt is not complete.
+
+        Prefills end in one or two such calls; any other that would exceed the budget is none of theirs.
+        """
+        assert self.layout is not None and self.prompt_length is not None
+        return self.prompt_length - self._prompt_seen > 2 and self.left + self.live >= self.layout.capacity
+
+    @property
     def _first_scored(self) -> int | None:
         """The token of an exact prompt from which on tokens are scored as they come; None: its end is not known."""
         if self.prompt_length is None:
@@ -131,8 +149,8 @@ class ZeroMergeCache:
         return 0 if self.policy.window is None else max(0, self.prompt_length - self.policy.window)
 
     def _begin_exact(self, length: int | None) -> None:
-        if length is not None and length < 1:
-            raise ValueError(f"prompt_length must be 1 token or more, not {length}")
+        if length is not None and not (isinstance(length, int) and length >= 1):
+            raise ValueError(f"prompt_length must be 1 token or more, not {length!r}")
         self.exact, self.prompt_begin, self.prompt_length = True, self.offset, length
 
     # ---- the update, in two halves around the model's own call of attention
@@ -188,6 +206,8 @@ class ZeroMergeCache:
             raise UnsupportedModelError(
                 f"queries {queries.shape} do not match the {length} new tokens of {self.layout.heads} KV heads"
             )
+        if length == 1 and self.exact and self._is_decoding:
+            self.finish_prompt()
         take = self._decode if length == 1 and not self.exact else self._prefill
         if self.layout.in_model_order:
             return take(queries, keys, values, scale, sinks)

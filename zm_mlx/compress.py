@@ -80,9 +80,10 @@ def select(importance: mx.array, count: int, pool: int) -> tuple[mx.array, mx.ar
 
     Returns:
         Indices of the chosen rows [..., count] and of the others [..., n - count], int32, both
-        ascending. Of equal rows the older wins.
+        ascending. Of equal rows the older wins; NaN counts as -inf.
     """
     n = importance.shape[-1]
+    importance = _ordered(importance)
     pooled = mx.pad(importance, [(0, 0)] * (importance.ndim - 1) + [(pool // 2, pool // 2)], constant_values=-mx.inf)
     width = 1
     while width < pool:  # the maximum over ``width`` rows becomes that over twice as many
@@ -107,8 +108,8 @@ def merge(
 ) -> Kept:
     """Merge victims into the residual rows of one group (paper: residual merging).
 
-    Each victim joins the residual row r* = argmax_r k·k_r (ties: the lowest), by the keys as they
-    were before this call; sums and weights add, so the order of victims does not matter. While the
+    Each victim joins the residual row r* = argmax_r k·k_r (ties: the lowest; NaN counts as -inf), by the
+    keys as they were before this call; sums and weights add, so the order of victims does not matter. While the
     residual rows are empty (``fresh``), the victims fill them instead, in position order, cut into
     contiguous groups of equal size (± 1).
 
@@ -125,7 +126,9 @@ def merge(
         target = _ranks(victims) * residual // mx.maximum(victims.sum(axis=-1, keepdims=True), 1)
     else:
         centres = kept.keys[:, :, :residual]
-        target = mx.concatenate([mx.argmax(_dots(keys[:, :, t], centres), axis=-1) for t in _tiles(keys)], axis=-1)
+        target = mx.concatenate(
+            [mx.argmax(_ordered(_dots(keys[:, :, t], centres)), axis=-1) for t in _tiles(keys)], axis=-1
+        )
     joins = (target[..., None] == mx.arange(residual)) & victims[..., None]  # [B, h, n, R]
     share = joins.astype(mx.float32)
     key_sum = value_sum = square_sum = mx.array(0.0)
@@ -308,6 +311,11 @@ def _faded(
     live, rows = on_recent.shape[2], recent.score.shape[2]
     now = fade * recent.score[:, :, :live] + on_recent
     return fade * kept.score + on_kept, mx.pad(now, [(0, 0), (0, 0), (0, rows - live)])
+
+
+def _ordered(x: mx.array) -> mx.array:
+    """x with -inf for NaN, which has no order: a model that overflows must not choose too few rows."""
+    return mx.where(mx.isnan(x), -mx.inf, x)
 
 
 def _ranks(flags: mx.array) -> mx.array:

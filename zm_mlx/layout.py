@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import index
 
 MAX_STAGING = 256
+MAX_ROWS = 2**31 - 1  # of one layer, all heads together: what an array's axis can count
 FLOAT32 = 4
 
 
@@ -60,7 +62,7 @@ class Layout:
             ValueError: a head has too few rows (the message says the fewest that work), or the
                 table does not have one number for each head.
         """
-        table = [int(n) for n in rows] if isinstance(rows, Iterable) else [int(rows)] * heads
+        table = whole_rows(rows, heads)
         if len(table) != heads:
             raise ValueError(f"a table of rows per head needs {heads} numbers, one for each KV head, not {len(table)}")
         mean = sum(table) / heads
@@ -71,6 +73,8 @@ class Layout:
                 f"a budget of {min(table)} rows per head is too small: the smallest that works here is {least} "
                 f"({residual} residual, {least - residual - 1} staging, 1 proximity)"
             )
+        if sum(table) > MAX_ROWS:
+            raise ValueError(f"a budget of {max(table)} rows per head is too large: {MAX_ROWS} rows is the most")
         newest = max(1, min(round(proximity * (mean - stage)), min(table) - residual - stage))
         return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage)
 
@@ -125,6 +129,18 @@ class Layout:
         recent = self.heads * self.recent * (width * itemsize + FLOAT32)  # score
         sums = self.heads * self.residual * (width + 2) * FLOAT32  # sums, squares, spread
         return batch * (kept + recent + sums)
+
+
+def whole_rows(rows: int | Sequence[int], heads: int) -> list[int]:
+    """A table of rows per head from one number for all heads or one a head.
+
+    Raises:
+        ValueError: something else than whole numbers.
+    """
+    try:
+        return [index(n) for n in rows] if isinstance(rows, Iterable) else [index(rows)] * heads
+    except TypeError as error:
+        raise ValueError(f"rows per head are whole numbers, one or one for each KV head, not {rows!r}") from error
 
 
 def smallest_rows(residual: int, staging: int | None) -> int:

@@ -1,5 +1,6 @@
 """How much memory caches may take on this machine."""
 
+import resource
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,19 +8,21 @@ import mlx.core as mx
 RESERVE = 2**30  # bytes left to activations and to everything else on the machine
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+STATM = Path("/proc/self/statm")
 
 
-def free_bytes() -> int | None:
-    """Bytes that new caches may take, after RESERVE; ``None`` where the system does not say.
+def free_bytes(reserve: int = RESERVE) -> int | None:
+    """Bytes that new caches may take, less ``reserve``; ``None`` where the system does not say.
 
-    On macOS the recommended working set of the GPU less what MLX holds, on Linux the smaller of
-    the cgroup's room and MemAvailable (MLX reports no memory there).
+    On macOS the recommended working set of the GPU less what MLX holds, on Linux the smallest of
+    the cgroup's room, MemAvailable and what a limit on the address space leaves (MLX reports no
+    memory there).
     """
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if recommended:
-        return max(0, int(recommended) - mx.get_active_memory() - RESERVE)
-    rooms = [r for r in (_available(), _cgroup_room()) if r is not None]
-    return max(0, min(rooms) - RESERVE) if rooms else None
+        return max(0, int(recommended) - mx.get_active_memory() - reserve)
+    rooms = [r for r in (_available(), _cgroup_room(), _address_room()) if r is not None]
+    return max(0, min(rooms) - reserve) if rooms else None
 
 
 def _available() -> int | None:
@@ -31,6 +34,18 @@ def _available() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _address_room() -> int | None:
+    """What ``ulimit -v`` leaves; ``None`` without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return None
+    return limit - used
 
 
 def _cgroup_room() -> int | None:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 
 from .backend import Mode
-from .budget import Budget, LayerShape, layout, resolve
+from .budget import Budget, LayerShape, largest, layout, resolve
 from .cache import Prefill, ZeroMergeCache
 from .hook import probe, replace_caches
 from .layout import Layout
@@ -75,17 +75,25 @@ def plan_cache(
     """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``."""
     if prefill not in ("auto", "exact", "streaming"):
         raise ValueError(f"prefill must be 'auto', 'exact' or 'streaming', not {prefill!r}")
-    if prompt_length is not None and prompt_length < 1:
-        raise ValueError(f"prompt_length must be 1 token or more, not {prompt_length}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an mlx-lm model, as mlx_lm.load returns it, not {model!r}")
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a zm_mlx.Policy, not {policy!r}")
+    if prompt_length is not None and not (isinstance(prompt_length, int) and prompt_length >= 1):
+        raise ValueError(f"prompt_length must be 1 token or more, not {prompt_length!r}")
+    if not (isinstance(max_tokens, int) and max_tokens >= 0):
+        raise ValueError(f"max_tokens must be 0 tokens or more, not {max_tokens!r}")
+    if prefill == "exact" and prompt_length is None:
+        raise ValueError("prefill='exact' ends with the prompt: give prompt_length, or take prefill='streaming'")
     policy = policy or Policy()
     shapes = probe(model)
+    other = _other_bytes(model, shapes[0])
     free = free_bytes()
     if head_rows is not None:
         if kv_budget is not None:
             raise ValueError("head_rows says the rows of every head: give kv_budget=None with it")
-        if len(head_rows) != len(shapes):
-            raise ValueError(f"head_rows needs {len(shapes)} tables, one for each layer, not {len(head_rows)}")
-        layouts = [layout(list(t), s, policy) for t, s in zip(head_rows, shapes, strict=True)]
+        tables = _tables(head_rows, len(shapes))
+        layouts = [layout(t, s, policy) for t, s in zip(tables, shapes, strict=True)]
         reason = "rows per head, as given"
     else:
         if kv_budget is None:
@@ -98,11 +106,12 @@ def plan_cache(
             new_tokens=max_tokens,
             model_context=context_of(model),
             free_bytes=free,
-            other_bytes=_other_bytes(model, shapes[0]),
+            other_bytes=other,
         )
         layouts = [layout(resolved.rows, s, policy) for s in shapes]
         reason = resolved.reason
     draft = Plan(tuple(layouts), tuple(shapes), policy, "streaming", prompt_length, reason, "as asked")
+    _require_room(draft, prefill, other)
     taken, why = _choose_prefill(draft, prefill, free)
     return Plan(tuple(layouts), tuple(shapes), policy, taken, prompt_length, reason, why)
 
@@ -162,6 +171,35 @@ def context_of(model: nn.Module) -> int | None:
         if isinstance(found, int):
             return found
     return None
+
+
+def _tables(head_rows: HeadRows, layers: int) -> list[list[int]]:
+    try:
+        tables = [list(table) for table in head_rows]
+    except TypeError as error:
+        raise ValueError(
+            f"head_rows needs for each layer a table with the rows of each KV head, not {head_rows!r}"
+        ) from error
+    if len(tables) != layers:
+        raise ValueError(f"head_rows needs {layers} tables, one for each layer, not {len(tables)}")
+    return tables
+
+
+def _require_room(draft: Plan, prefill: str, other_bytes: int) -> None:
+    """Refuse what this machine cannot hold, before anything is allocated: the system would kill the process."""
+    room = free_bytes(reserve=0)
+    if room is None:
+        return
+    need, free = draft.nbytes + other_bytes, f"{room / 1e9:.2f} GB are free here"
+    if need > room:
+        rows = largest(draft.shapes, draft.policy, room - other_bytes)
+        raise ValueError(f"the KV cache would take {need / 1e9:.2f} GB, and {free}: at most {rows} rows per head fit")
+    whole = draft.full_bytes(draft.prompt_length or 0)
+    if prefill == "exact" and need + whole > room:
+        raise ValueError(
+            f"prefill='exact' holds the whole prompt, which takes {(need + whole) / 1e9:.2f} GB, and {free}: "
+            "take prefill='streaming'"
+        )
 
 
 def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefill, str]:

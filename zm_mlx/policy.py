@@ -1,5 +1,6 @@
 """The settings of the method, validated once."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,14 @@ class Policy:
     pool: int = 13
 
     def __post_init__(self) -> None:
+        for name in ("residual", "pool", "staging"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) or (name == "staging" and value is None)):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+        for name in ("proximity", "alpha", "kappa", "decay"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
         if self.residual < 0:
             raise ValueError(f"residual must be 0 or more rows, not {self.residual}")
         if not 0 < self.proximity < 1:
