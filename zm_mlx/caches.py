@@ -53,7 +53,7 @@ class CacheSet:
 
     @property
     def full_bytes(self) -> int | None:
-        """Bytes that full caches would hold of the same tokens, beside the model's bounded ones; ``None`` if unknown."""
+        """Bytes that full caches would hold of the same tokens, and the bounded caches; ``None`` if unknown."""
         if self.kind == "full":
             return self.nbytes
         if self.plan is None or self.seen is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from .engine import LIMITS
 from .errors import UserError
 from .prompts import RESERVED, encodable
 from .sampling import RANGES, Range, Sampling
+from .terminal import say
 
 DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
 
@@ -27,6 +29,8 @@ REFUSED = {
     "image": "images are mlx_lm.generate's",
     "quantize_activations": "use mlx_lm.generate",
 }
+# argparse takes -1 for a value, but -1e5 and -inf for flags.
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
 TEXTS = ("prompt", "system_prompt", "prefill_response", "chat_template_config", "extra_eos_token", "eos_token")
 
 
@@ -34,14 +38,20 @@ def adopt(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentPar
     """Make a parser of mlx-lm ours: its name, errors, ranges, default model, and the flags that are refused."""
     parser.prog = f"python -m {command}"
     parser.error = _usage_error  # type: ignore[method-assign]
+    # argparse's own drops what cannot be written.
+    parser.print_help = lambda file=None: say(parser.format_help(), end="")  # type: ignore[method-assign]
+    parser._negative_number_matcher = NEGATIVE
     ranges = {**RANGES, **LIMITS}
     for action in parser._actions:
         if action.dest in ranges:
             action.type = _number(action, ranges[action.dest])
-            action.help = f"{action.help}; {ranges[action.dest].words}".replace("%", "%%")
+            words = (action.help or "").rstrip(".")
+            action.help = f"{words}; {ranges[action.dest].words}".replace("%", "%%")
         elif action.dest in REFUSED:  # None says that the flag was not given, whatever its value
             action.default, action.type = None, None
             action.help = f"Refused here: {REFUSED[action.dest]}"
+        elif action.dest == "prompt":  # or --prompt-file
+            action.required = False
     # None, not the default: a saved prompt names its own model.
     parser.set_defaults(model=None, prompt=None)
     _describe(parser, "model", "Local folder or Hugging Face repository; without it the small model of the package")

@@ -43,14 +43,16 @@ class Vocabulary:
         Raises:
             UserError: the tokenizer has no such token.
         """
-        known = self.tokenizer.get_vocab()
-        number = int(token) if token.strip().isdecimal() else None
-        if not (number < self.size if number is not None else token in known):
-            raise UserError(
-                f"--extra-eos-token {token}: not a token of this model, which has "
-                f"{self.size} tokens (by name, or numbers from 0 to {self.size - 1})"
-            )
+        if not token.strip().isdecimal():
+            self.require("--extra-eos-token", token)
+        elif len(token) > 18 or int(token) >= self.size:
+            raise UserError(f"--extra-eos-token {token} must be below {self.size}, the size of the model's vocabulary")
         self.tokenizer.add_eos_token(token)
+
+    def require(self, flag: str, token: str) -> None:
+        """Raise ``UserError`` unless the tokenizer has a token of this name."""
+        if token not in self.tokenizer.get_vocab():
+            raise UserError(f"{flag} {token}: not one of the {self.size} tokens of this model")
 
 
 def load_vocabulary(source: Source) -> Vocabulary:
@@ -65,6 +67,8 @@ def load_vocabulary(source: Source) -> Vocabulary:
     try:
         path = utils._download(source.name, allow_patterns=VOCABULARY)
         model = utils.load_config(path)
+        if "model_file" not in model:
+            utils._get_classes(model)  # before transformers, whose words for an unknown model are many
         tokenizer = utils.load_tokenizer(path, config, eos_token_ids=model.get("eos_token_id"))
     except Exception as error:  # the loader, the Hub's client and the network fail in many ways
         _refuse(source, error)

@@ -34,16 +34,19 @@ def guarded(name: str, body: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except (UserError, UnsupportedModelError) as error:
-        return _complain(name, f"error: {one_line(error)}", USER_ERROR)
+        complain(name, f"error: {one_line(error)}")
+        return USER_ERROR
     except KeyboardInterrupt:
-        return _complain(name, "interrupted", INTERRUPTED)
+        complain(name, "interrupted")
+        return INTERRUPTED
     except BrokenPipeError:
         _mute(sys.stdout)
         _mute(sys.stderr)
         return CLOSED_PIPE
     except OSError as error:
         _mute(sys.stdout)
-        return _complain(name, f"error: the output cannot be written: {error.strerror or error}", OUTPUT_ERROR)
+        complain(name, f"error: the output cannot be written: {error.strerror or error}")
+        return OUTPUT_ERROR
     finally:
         _flush()
         if previous is not None:
@@ -58,6 +61,12 @@ def say(text: str = "", end: str = "\n") -> None:
 def warn(text: str) -> None:
     """One line on standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def complain(name: str, text: str) -> None:
+    """One line of a command on standard error, if that can be written."""
+    with contextlib.suppress(OSError):
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
 def prefill_bar(tokens: int, shown: bool) -> Any:
@@ -80,6 +89,8 @@ def _raise_on_interrupt() -> Any:
 
 
 def _prepare_streams() -> None:
+    if sys.stdin is None:  # or the next file gets descriptor 0, which MLX takes for a failure
+        os.open(os.devnull, os.O_RDONLY)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     if sys.stdout is None:
@@ -87,12 +98,6 @@ def _prepare_streams() -> None:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-
-
-def _complain(name: str, text: str, code: int) -> int:
-    with contextlib.suppress(OSError):
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
-    return code
 
 
 def _flush() -> None:

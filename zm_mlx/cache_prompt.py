@@ -1,0 +1,126 @@
+"""``python -m zm_mlx.cache_prompt``: a prompt's KV cache in a file, compressed, to be continued.
+
+``python -m zm_mlx.generate --prompt-cache-file`` continues it. The flags of ``mlx_lm.cache_prompt`` keep
+their names and meaning; the file has the size of the budget.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import caches, flags, prompts
+from .caches import CacheSet, Wish
+from .engine import Engine
+from .errors import UserError
+from .flags import DEFAULT_MODEL
+from .interrupts import INTERRUPTED
+from .loading import Source, load_model, load_vocabulary
+from .plan import context_of
+from .report import plan_lines, size
+from .saved import save_prompt_cache
+from .terminal import complain, guarded, prefill_bar, say, warn
+
+COMMAND = "zm_mlx.cache_prompt"
+ROOM = 1024  # tokens after the prompt for which a budget of auto has rows
+
+mlx_lm_cache_prompt = importlib.import_module("mlx_lm.cache_prompt")
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """mlx-lm's own parser and this package's flags."""
+    parser = flags.adopt(mlx_lm_cache_prompt.setup_arg_parser(), COMMAND)
+    parser.description = "Save the compressed KV cache of a prompt, for python -m zm_mlx.generate --prompt-cache-file"
+    own = parser.add_argument_group("zm_mlx", f"Without --model, the package's small model is used: {DEFAULT_MODEL}")
+    flags.add_prompt_file(own)
+    flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return guarded(COMMAND, lambda: _cache_prompt(argv))
+
+
+def _cache_prompt(argv: list[str] | None) -> int:
+    args = setup_arg_parser().parse_args(argv)
+    flags.check(args)
+    file = args.prompt_cache_file
+    _check_file(file)
+    if args.prompt is None and args.prompt_file is None:
+        raise UserError("--prompt or --prompt-file is needed")
+    text = prompts.read(args.prompt, args.prompt_file)
+
+    config = {} if args.eos_token is None else {"eos_token": args.eos_token}
+    source = Source(
+        args.model or DEFAULT_MODEL,
+        adapter=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        tokenizer_config=config,
+    )
+    if args.eos_token is not None:  # transformers would invent the token
+        load_vocabulary(replace(source, tokenizer_config={})).require("--eos-token", args.eos_token)
+    tokenizer = load_vocabulary(source).tokenizer
+    tokens = prompts.encode_open(tokenizer, text)
+    engine = Engine(load_model(source), tokenizer)
+
+    made = caches.fresh(engine.model, "zeromerge", Wish(args.kv_budget, args.prefill), len(tokens), ROOM)
+    context = context_of(engine.model)
+    if context is not None and len(tokens) > context:
+        warn(f"{len(tokens)} tokens are more than the {context} that the model was trained on")
+    if made.plan is not None:
+        say("\n".join(plan_lines(made.plan)))
+    try:
+        _fill(engine, tokens, made)
+    except KeyboardInterrupt:
+        complain(COMMAND, f"interrupted after {made.seen or 0} of {len(tokens)} tokens, nothing was saved")
+        return INTERRUPTED
+    say(f"Seen: {made.seen} tokens, {made.state}")
+    say(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    _save(file, made, {"model": source.name, "tokenizer_config": json.dumps(_settings(source))})
+    say(f"Saved: {size(Path(file).stat().st_size)} in {file}")
+    return 0
+
+
+def _fill(engine: Engine, tokens: list[int], made: CacheSet) -> None:
+    bar = prefill_bar(len(tokens), True)
+    try:
+        engine.prefill(tokens, made.every, lambda done, _: bar.update(done - bar.n))
+    finally:
+        bar.close()
+
+
+def _save(file: str, made: CacheSet, metadata: dict[str, str]) -> None:
+    try:
+        save_prompt_cache(file, made.every, metadata)
+    except (OSError, ValueError) as failure:
+        raise UserError(f"--prompt-cache-file: {failure}") from failure
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """What mlx-lm notes of the tokenizer."""
+    return {"trust_remote_code": source.trust_remote_code, **source.tokenizer_config}
+
+
+def _check_file(file: str) -> None:
+    """Refuse a file that cannot be written, before the prompt is read and computed."""
+    path = Path(file)
+    folder = path.parent
+    if path.suffix != ".safetensors":
+        raise UserError(f"--prompt-cache-file {file}: the name of a prompt cache file ends in .safetensors")
+    if os.path.isdir(file):
+        raise UserError(f"--prompt-cache-file {file}: this is a folder")
+    if not os.path.isdir(folder):
+        raise UserError(f"--prompt-cache-file {file}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--prompt-cache-file {file}: the folder {folder} cannot be written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
