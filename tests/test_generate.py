@@ -1,6 +1,5 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,9 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import commands
+import mlx.core as mx
 import pytest
+import tiny
+from commands import document
+from mlx_lm.utils import _get_classes
 
 import zm_mlx
+from zm_mlx import caches, generate
+from zm_mlx.caches import Wish
+from zm_mlx.errors import UserError
 from zm_mlx.generate import DEFAULT_MODEL, main, mlx_lm_generate
 from zm_mlx.report import first_difference
 
@@ -25,13 +32,7 @@ def prompt_file(tmp_path):
 
 
 def run(capsys, *argv):
-    code = main(list(argv))
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def document(out):
-    return json.loads(out.splitlines()[-1])
+    return commands.run(main, capsys, *argv)
 
 
 def test_printed_budget_is_the_budget_of_the_caches(capsys, prompt_file):
@@ -102,14 +103,34 @@ def test_standard_input_is_read_for_a_dash(prompt_file):
     assert "Prefill" in done.stderr
 
 
-def test_prompt_past_the_trained_context_is_warned_about_and_served(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("zm_mlx.generate.context_of", lambda model: 100)
+@pytest.mark.parametrize(
+    ("context", "new", "words"),
+    [
+        (100, "2", "more than the 100 that the model was trained on"),
+        (250, "60", "from new token 15 on"),
+        (250, "-1", "from new token 15 on"),
+        (296, "60", None),
+        (295, "60", "from new token 60 on"),
+    ],
+)
+def test_passing_the_trained_context_is_warned_about_and_served(capsys, tmp_path, monkeypatch, context, new, words):
+    monkeypatch.setattr("zm_mlx.generate.context_of", lambda model: context)
+    monkeypatch.setattr("zm_mlx.generate._run", lambda *_: (_ for _ in ()).throw(UserError("far enough")))
+    monkeypatch.setattr("zm_mlx.prompts.encode", lambda *_: list(range(236)))
+    _, _, err = run(capsys, "--prompt", "x", "--kv-budget", "64", "-m", new)
+    warnings = [line for line in err.splitlines() if line.startswith("warning")]
+    assert [words in w for w in warnings] == ([True] if words else [])
+
+
+def test_a_long_prompt_brings_no_other_words_about_its_length(tmp_path):
+    """transformers logs to the stream that it found at import, so only a process of its own shows its words."""
     path = tmp_path / "long.txt"
-    path.write_text(TEXT[:600])
-    code, out, err = run(capsys, "--prompt-file", str(path), "--kv-budget", "64", "-m", "2", "--json")
-    assert code == 0
-    assert "more than the 100 that the model was trained on" in err
-    assert document(out)["generation_tokens"] == 2
+    path.write_text("a b " * 2500)
+    command = [sys.executable, "-m", "zm_mlx.generate", "--prompt-file", str(path), "--kv-budget", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    warning, error = done.stderr.splitlines()
+    assert done.returncode == 2 and "the smallest that works" in error
+    assert warning.startswith("warning: ") and "more than the 4096 that the model was trained on" in warning
 
 
 @pytest.mark.parametrize(
@@ -131,9 +152,6 @@ def test_prompt_past_the_trained_context_is_warned_about_and_served(capsys, tmp_
         (["--max-tokens", "0"], "--max-tokens must be"),
         (["--max-tokens", "x"], "--max-tokens"),
         (["--prefill-step-size", "0"], "--prefill-step-size must be"),
-        (["--kv-bits", "4"], "--kv-bits does not work here"),
-        (["--max-kv-size", "64"], "use --kv-budget"),
-        (["--draft-model", "x"], "--draft-model does not work here"),
         (["--system-prompt", "x"], "--system-prompt needs a chat template"),
         (["--prompt-cache-file", "no.safetensors"], "--prompt-cache-file: no prompt cache file at no.safetensors"),
         (["--compare", "--cache", "full"], "--compare"),
@@ -156,22 +174,172 @@ def test_binary_file_is_refused(capsys, tmp_path):
         assert code == 2 and err.count("\n") == 1 and "text" in err
 
 
-def test_saved_cache_continues_and_another_budget_is_refused(capsys, tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """A saved prompt of the small model, in 64 rows."""
     from mlx_lm import load
 
-    model, tokenizer = load(DEFAULT_MODEL)
-    caches = zm_mlx.make_prompt_cache(model, 64)
-    for _ in mlx_lm_generate.stream_generate(model, tokenizer, TEXT[:400], max_tokens=1, prompt_cache=caches):
-        pass
-    path = str(tmp_path / "cache.safetensors")
-    config = {"model": DEFAULT_MODEL, "tokenizer_config": "{}"}
-    zm_mlx.save_prompt_cache(path, caches, config)
-    code, out, _ = run(capsys, "--prompt-cache-file", path, "--prompt", "def f(", "-m", "3", "--json")
-    assert code == 0 and document(out)["generation_tokens"] == 3
-    code, _, err = run(capsys, "--prompt-cache-file", path, "--kv-budget", "128", "--prompt", "x")
-    assert code == 2 and "--kv-budget 128" in err and "--prompt-cache-file" in err and "64 rows" in err
+    def make(**metadata):
+        model, tokenizer = load(DEFAULT_MODEL)
+        made = zm_mlx.make_prompt_cache(model, 64)
+        for _ in mlx_lm_generate.stream_generate(model, tokenizer, TEXT[:400], max_tokens=1, prompt_cache=made):
+            pass
+        path = str(tmp_path / "cache.safetensors")
+        zm_mlx.save_prompt_cache(path, made, {"model": DEFAULT_MODEL, "tokenizer_config": "{}", **metadata})
+        return path
+
+    return make
+
+
+def test_saved_cache_continues_and_another_budget_is_refused(capsys, saved):
+    path = saved()
+    for budget in ([], ["--kv-budget", "64"], ["--kv-budget", "064"], ["--prefill", "exact"]):
+        argv = ["--prompt-cache-file", path, "--prompt", "def f(", "-m", "3", "--json", *budget]
+        code, out, _ = run(capsys, *argv)
+        assert code == 0 and document(out)["generation_tokens"] == 3 and ", compressed" in out
+    for budget in ("128", "auto", "0.5", "1MB"):
+        code, _, err = run(capsys, "--prompt-cache-file", path, "--kv-budget", budget, "--prompt", "x")
+        assert code == 2 and f"--kv-budget {budget}" in err and "--prompt-cache-file" in err and "64 rows" in err
     code, _, err = run(capsys, "--prompt-cache-file", path, "--model", "other/model", "--prompt", "x")
     assert code == 2 and "--model other/model" in err and "--prompt-cache-file" in err
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "5", "", '{"eos_token": 5}'])
+def test_a_damaged_tokenizer_config_in_a_file_is_one_line(capsys, saved, text):
+    code, _, err = run(capsys, "--prompt-cache-file", saved(tokenizer_config=text), "--prompt", "x")
+    assert code == 2 and err.count("\n") == 1 and "--prompt-cache-file" in err
+
+
+def test_a_model_that_a_file_names_and_nobody_has_is_the_fault_of_the_file(capsys, saved):
+    code, _, err = run(capsys, "--prompt-cache-file", saved(model="no/such/model"), "--prompt", "x")
+    assert code == 2 and "--prompt-cache-file" in err and "--model" not in err
+
+
+def falcon():
+    """A model with a CacheList of a recurrent and a growing cache in each layer."""
+    config = {
+        "model_type": "falcon_h1",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+    }
+    made, arguments = _get_classes(config)
+    return made(arguments.from_dict(config))
+
+
+def test_a_model_with_cache_lists_counts_and_checks_the_caches_inside(tmp_path):
+    model, file = falcon(), str(tmp_path / "cache.safetensors")
+    first = caches.fresh(model, "zeromerge", Wish("40", "streaming"), 60, 1)
+    tiny.feed(model, first.every, tiny.prompt(60), 16)
+    zm_mlx.save_prompt_cache(file, first.every)
+    assert (first.seen, first.state) == (60, "compressed")
+    with pytest.raises(UserError, match=r"--kv-budget 50 differs .*40 rows"):
+        caches.continued(model, file, Wish("50"), 30)
+    going = caches.continued(model, file, Wish("40", "exact"), 30)
+    assert going.before == 60
+    tiny.feed(model, going.every, tiny.prompt(20), 20)
+    assert (going.seen, going.state) == (80, "held whole, to be compressed at the prompt's end")
+    tiny.feed(model, going.every, tiny.prompt(10), 10)
+    assert (going.seen, going.state) == (90, "compressed")
+
+
+@pytest.mark.parametrize("kind", ["full", "rotating", "zeromerge"])
+def test_sizes_are_compared_like_with_like(kind):
+    """The recurrent layers' bytes are in both sizes, and a full cache is as large as itself."""
+    model = falcon()
+    made = caches.fresh(model, kind, Wish("8", "streaming"), 60, 1)
+    tiny.feed(model, made.every, tiny.prompt(60), 16)
+    others = sum(c.nbytes for layer in made.every for c in layer.caches if c not in made.growing)
+    assert others > 0 and len(made.growing) == 2
+    if kind == "full":
+        assert made.full_bytes == made.nbytes
+    else:
+        assert (
+            made.full_bytes - others == 60 * 2 * 2 * 2 * 16 * 4
+        )  # tokens, layers, heads, keys and values, dims, bytes
+        assert made.nbytes < made.full_bytes
+
+
+def test_a_full_cache_is_not_compared_with_itself(capsys):
+    code, out, _ = run(capsys, "--prompt", "import os", "-m", "2", "--cache", "full", "--json")
+    assert code == 0 and "in a full cache" not in out
+    assert document(out)["kv_bytes"] == document(out)["full_kv_bytes"]
+
+
+@pytest.mark.parametrize("cache", ["zeromerge", "full"])
+def test_the_same_seed_gives_the_text_of_mlx_lm(capsys, monkeypatch, cache):
+    argv = ["--prompt", "import os", "--temp", "1", "--seed", "7", "-m", "12", "--verbose", "False"]
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", DEFAULT_MODEL, *argv])
+    mlx_lm_generate.main()
+    theirs = capsys.readouterr().out
+    _, ours, _ = run(capsys, *argv, "--cache", cache)
+    assert len(theirs) > 12 and ours == theirs
+
+
+def test_both_runs_of_a_comparison_draw_the_same_numbers(capsys):
+    for seed in (["--seed", "7"], []):
+        argv = ["--prompt", "import os", "--temp", "1", "-m", "12", "--compare", "--json", *seed]
+        told = document(run(capsys, *argv)[1])
+        assert told["full"]["text"] == told["text"]
+
+
+class Interrupting:
+    """A progress bar during which Ctrl-C is pressed, once so many tokens are done."""
+
+    def __init__(self, after):
+        self.after, self.n = after, 0
+
+    def update(self, count):
+        self.n += count
+        if self.n >= self.after:
+            raise KeyboardInterrupt
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("argv", "state"),
+    [
+        (["--kv-budget", "64", "--prefill", "streaming"], "compressed"),
+        (["--kv-budget", "600", "--prefill", "streaming"], "not compressed so far"),
+        (["--kv-budget", "64", "--prefill", "exact"], "held whole"),
+        (["--cache", "full"], None),
+        (["--cache", "rotating", "--kv-budget", "64"], None),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 256])
+def test_an_interrupted_prefill_says_what_is_held(capsys, prompt_file, monkeypatch, argv, state, after):
+    monkeypatch.setattr(generate, "prefill_bar", lambda *_: Interrupting(after))
+    argv = ["--prompt-file", prompt_file, "--prefill-step-size", "64", "--json", *argv]
+    code, out, _ = run(capsys, *argv)
+    told = document(out)
+    assert code == 130 and told["finish_reason"] == "interrupted" and told["generation_tokens"] == 0
+    assert f"Prompt: {after} of {told['prompt_tokens']} tokens" in out and told["prompt_tokens_done"] == after
+    if state is not None:
+        expected = state if after or state == "held whole" else "not compressed so far"
+        assert f"Seen: {after} tokens, {expected}" in out
+    if state == "held whole" and after:
+        assert told["kv_bytes"] > told["full_kv_bytes"]  # room for the whole prompt
+
+
+def test_an_interrupt_between_two_layers_counts_what_all_layers_have():
+    model = tiny.model(1)
+    made = caches.fresh(model, "zeromerge", Wish("20", "streaming"), 100, 1)
+    tiny.feed(model, made.every, tiny.prompt(50), 10)
+    made.growing[0].update_and_fetch(*(mx.zeros((1, made.growing[0].layout.heads, 5, 16)),) * 2)
+    run = generate.Run("zeromerge", 100)
+    run.prefilled(40, 100)
+    run.close(made)
+    assert (run.prompt_done, run.seen, run.state) == (50, 50, "compressed")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent as on a terminal")

@@ -77,13 +77,13 @@ def _generate(argv: list[str] | None) -> int:
         raise UserError("--use-default-chat-template: this model's tokenizer has no chat template")
     tokens = (prompts.encode_rest if held else prompts.encode)(tokenizer, text, chat)
     engine = Engine(load_model(source), tokenizer)
+    _warn_of_context(context_of(engine.model), held + len(tokens), args.max_tokens)
 
     wish = Wish(args.kv_budget, args.prefill)
     if args.prompt_cache_file is not None:
         made = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
         made = caches.fresh(engine.model, args.cache, wish, len(tokens), args.max_tokens)
-    _warn_of_context(context_of(engine.model), made.before + len(tokens), args.max_tokens)
     if args.verbose and made.plan is not None and args.cache == "zeromerge":
         say("\n".join(plan_lines(made.plan)))
 
