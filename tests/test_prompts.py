@@ -130,3 +130,14 @@ def test_what_needs_a_template_is_refused_without_one(plain, chatty, chat, encod
     ignoring = Chat(chat.system, chat.response, chat.options, ignore=True)
     with pytest.raises(UserError, match="needs a chat template"):
         encode(chatty, "x", ignoring)
+
+
+def test_a_prompt_of_which_a_tokenizer_makes_nothing_is_empty():
+    dropping = SimpleNamespace(has_chat_template=False, encode=lambda *_, **__: [])
+    for encode in (
+        prompts.encode,
+        prompts.encode_rest,
+        lambda tokenizer, text, _: prompts.encode_open(tokenizer, text),
+    ):
+        with pytest.raises(UserError, match="the prompt is empty"):
+            encode(dropping, "x", Chat())

@@ -69,6 +69,14 @@ def test_both_outputs_broken_end_without_an_exception(monkeypatch):
     assert guarded("x", lambda: say("text") or 0) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_after_a_failure_the_interpreter_can_write_what_is_left(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert guarded("x", lambda: say("text") or 0) == 1
+        say("more")
+
+
 def run_with(redirections, *argv):
     command = f'"$@" {redirections}'
     return subprocess.run(["sh", "-c", command, "sh", *COMMAND, *argv], capture_output=True, text=True, timeout=120)

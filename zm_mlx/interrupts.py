@@ -4,6 +4,7 @@ mlx and mlx-lm take seconds to load, and ``python -m zm_mlx.generate`` loads the
 of the command runs. So this module comes first in the package, imports nothing heavy, and acts on import.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -24,7 +25,8 @@ def command() -> str | None:
 
 def leave(name: str) -> NoReturn:
     """End the process at once: half-loaded modules are not worth unwinding."""
-    os.write(2, f"{name}: interrupted\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{name}: interrupted\n".encode())
     os._exit(INTERRUPTED)
 
 

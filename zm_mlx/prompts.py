@@ -2,7 +2,7 @@
 
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,16 @@ def encodable(source: str, text: str) -> None:
 def encode(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
     """Token ids of a prompt of its own, through the chat template where there is one, as mlx-lm does it."""
     if not uses_template(tokenizer, chat):
-        return list(tokenizer.encode(prompt))
-    return _ids(tokenizer, _render(tokenizer, prompt, chat))
+        return _some(tokenizer.encode(prompt))
+    return _some(_ids(tokenizer, _render(tokenizer, prompt, chat)))
 
 
 def encode_open(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt whose rest comes later: no end of the message, and no end of sequence."""
     if tokenizer.has_chat_template:
-        return _ids(tokenizer, _apply(tokenizer, [{"role": "user", "content": prompt}], {}, continues=True))
-    ids, plain = list(tokenizer.encode(prompt)), _ids(tokenizer, prompt)
+        opening = [{"role": "user", "content": prompt}]
+        return _some(_ids(tokenizer, _apply(tokenizer, opening, {}, continues=True)))
+    ids, plain = _some(tokenizer.encode(prompt)), _ids(tokenizer, prompt)
     for begin in range(len(ids) - len(plain) + 1):
         if ids[begin : begin + len(plain)] == plain:
             return ids[: begin + len(plain)]
@@ -91,7 +92,7 @@ def encode_rest(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
         UserError: the chat is to open in another way than the saved one did.
     """
     if not uses_template(tokenizer, chat):
-        return _ids(tokenizer, prompt)
+        return _some(_ids(tokenizer, prompt))
     query = _render(tokenizer, QUERY, chat)
     opening, found, _ = query.partition(QUERY)
     plain, _, _ = _render(tokenizer, QUERY, Chat(response=chat.response)).partition(QUERY)
@@ -101,7 +102,7 @@ def encode_rest(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
         raise UserError(
             "--chat-template-config changes what comes before the prompt, which --prompt-cache-file holds already"
         )
-    return _ids(tokenizer, _render(tokenizer, prompt, chat)[len(opening) :])
+    return _some(_ids(tokenizer, _render(tokenizer, prompt, chat)[len(opening) :]))
 
 
 def uses_template(tokenizer: Any, chat: Chat) -> bool:
@@ -146,6 +147,13 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], options: Mapping[str,
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _some(ids: Iterable[int]) -> list[int]:
+    """The tokens, if there are any: tokenizers may drop characters that they do not know."""
+    if found := list(ids):
+        return found
+    raise UserError("the prompt is empty: this model's tokenizer makes no tokens of it")
 
 
 def _standard_input(source: str) -> bytes:
