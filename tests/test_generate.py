@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
+import json
 import os
 import signal
 import subprocess
@@ -196,7 +197,8 @@ def test_saved_cache_continues_and_another_budget_is_refused(capsys, saved):
     for budget in ([], ["--kv-budget", "64"], ["--kv-budget", "064"], ["--prefill", "exact"]):
         argv = ["--prompt-cache-file", path, "--prompt", "def f(", "-m", "3", "--json", *budget]
         code, out, _ = run(capsys, *argv)
-        assert code == 0 and document(out)["generation_tokens"] == 3 and ", compressed" in out
+        told = document(out)
+        assert code == 0 and told["generation_tokens"] == 3 and ", compressed" in out and told["model"] == DEFAULT_MODEL
     for budget in ("128", "auto", "0.5", "1MB"):
         code, _, err = run(capsys, "--prompt-cache-file", path, "--kv-budget", budget, "--prompt", "x")
         assert code == 2 and f"--kv-budget {budget}" in err and "--prompt-cache-file" in err and "64 rows" in err
@@ -289,6 +291,32 @@ def test_both_runs_of_a_comparison_draw_the_same_numbers(capsys):
         argv = ["--prompt", "import os", "--temp", "1", "-m", "12", "--compare", "--json", *seed]
         told = document(run(capsys, *argv)[1])
         assert told["full"]["text"] == told["text"]
+
+
+def adapter(folder, rank):
+    """A LoRA adapter for two layers of the small model that changes what it says."""
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, _ = load(DEFAULT_MODEL)
+    settings = {"rank": rank, "scale": 20.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 2, settings)
+    weights = {k: mx.ones_like(x) for k, x in tree_flatten(model.parameters()) if k.endswith(("lora_a", "lora_b"))}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    told = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {**settings, "rank": 2}}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return str(folder)
+
+
+def test_an_adapter_is_used_and_one_that_does_not_fit_is_its_own_fault(capsys, tmp_path):
+    argv = ["--prompt", "import os", "-m", "4", "--json"]
+    plain = document(run(capsys, *argv)[1])["text"]
+    code, out, _ = run(capsys, *argv, "--adapter-path", adapter(tmp_path / "good", 2))
+    assert code == 0 and document(out)["text"] != plain
+    code, _, err = run(capsys, *argv, "--adapter-path", adapter(tmp_path / "bad", 3))
+    assert code == 2 and err.count("\n") == 1 and "error: --adapter-path" in err
 
 
 class Interrupting:

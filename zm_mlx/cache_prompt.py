@@ -68,7 +68,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
         load_vocabulary(replace(source, tokenizer_config={})).require("--eos-token", args.eos_token)
     tokenizer = load_vocabulary(source).tokenizer
     tokens = prompts.encode_open(tokenizer, text)
-    engine = Engine(load_model(source), tokenizer)
+    engine = Engine(load_model(source), tokenizer, source.name)
 
     made = caches.fresh(engine.model, "zeromerge", Wish(args.kv_budget, args.prefill), len(tokens), ROOM)
     context = context_of(engine.model)

@@ -42,11 +42,12 @@ class Settings:
 
 
 class Engine:
-    """A model and its tokenizer."""
+    """A model, its tokenizer, and the name it was asked for by."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.name = name
 
     def generate(
         self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None = None

@@ -56,55 +56,64 @@ def _generate(argv: list[str] | None) -> int:
     flags.check(args)
     _check(args)
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
-    chat = prompts.Chat(
-        args.system_prompt,
-        args.prefill_response,
-        flags.template_options(args.chat_template_config),
-        args.ignore_chat_template,
-    )
-    text = _prompt(args.prompt, args.prompt_file)
-    held, metadata = _saved(args.prompt_cache_file)
-    source = _source(args, metadata)
-
-    if settings.sampling.seed is not None:  # before the model, as in mlx-lm: it draws its first weights
-        mx.random.seed(settings.sampling.seed)
-    vocabulary = load_vocabulary(source)
-    flags.check_vocabulary(settings.sampling, vocabulary.size)
-    for token in args.extra_eos_token:
-        vocabulary.add_eos(token)
-    tokenizer = vocabulary.tokenizer
-    if args.use_default_chat_template and not tokenizer.has_chat_template:
-        raise UserError("--use-default-chat-template: this model's tokenizer has no chat template")
-    tokens = (prompts.encode_rest if held else prompts.encode)(tokenizer, text, chat)
-    engine = Engine(load_model(source), tokenizer)
-    _warn_of_context(context_of(engine.model), held + len(tokens), args.max_tokens)
-
+    engine, tokens, held = _load(args, settings)
+    _warn_of_context(context_of(engine.model), held + len(tokens), settings.max_tokens)
     wish = Wish(args.kv_budget, args.prefill)
     if args.prompt_cache_file is not None:
         made = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
-        made = caches.fresh(engine.model, args.cache, wish, len(tokens), args.max_tokens)
-    if args.verbose and made.plan is not None and args.cache == "zeromerge":
+        made = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
+    if args.verbose and made.plan is not None and made.kind == "zeromerge":
         say("\n".join(plan_lines(made.plan)))
-
-    runs = []
-    state = random_state()
-    if args.compare:
-        _heading("full cache", args.verbose)
-        runs.append(_run(engine, tokens, caches.full(engine.model, made.plan), settings, args.verbose))
-        _heading("zeromerge", args.verbose)
-    if not runs or runs[-1].finish_reason != "interrupted":
-        mx.random.seed(state)  # both runs draw the same numbers
-        runs.append(_run(engine, tokens, made, settings, args.verbose))
-    last = runs[-1]
+    runs = (_compare if args.compare else _once)(engine, tokens, made, settings, args.verbose)
     if args.verbose:
         say("=" * 10)
-        say("\n".join(run_lines(last)))
+        say("\n".join(run_lines(runs[-1])))
         if len(runs) == 2:
-            say("\n".join(comparison(runs[0], last, tokenizer.decode)))
+            say("\n".join(comparison(runs[0], runs[1], engine.tokenizer.decode)))
     if args.json:
-        say(json.dumps(_document(source.name, runs, made, args.compare)))
-    return INTERRUPTED if last.finish_reason == "interrupted" else 0
+        say(json.dumps(_document(engine.name, runs, made, args.compare)))
+    return INTERRUPTED if runs[-1].finish_reason == "interrupted" else 0
+
+
+def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[int], int]:
+    """The model, the prompt's tokens and the tokens that a saved prompt holds; what is wrong shows before the weights.
+
+    Args:
+        args: checked.
+        settings: their seed is set here, before the model, as in mlx-lm: a model draws its first weights.
+    """
+    options = flags.template_options(args.chat_template_config)
+    chat = prompts.Chat(args.system_prompt, args.prefill_response, options, args.ignore_chat_template)
+    text = _prompt(args.prompt, args.prompt_file)
+    held, metadata = _saved(args.prompt_cache_file)
+    source = _source(args, metadata)
+    vocabulary = load_vocabulary(source)
+    flags.check_vocabulary(settings.sampling, vocabulary.size)
+    for token in args.extra_eos_token:
+        vocabulary.add_eos(token)
+    if args.use_default_chat_template and not vocabulary.tokenizer.has_chat_template:
+        raise UserError("--use-default-chat-template: this model's tokenizer has no chat template")
+    tokens = (prompts.encode_rest if held else prompts.encode)(vocabulary.tokenizer, text, chat)
+    if settings.sampling.seed is not None:
+        mx.random.seed(settings.sampling.seed)
+    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, held
+
+
+def _once(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
+    return [_run(engine, tokens, made, settings, verbose)]
+
+
+def _compare(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
+    """A run with the full cache and, unless it was interrupted, one with ``made``; both draw the same numbers."""
+    state = random_state()
+    _heading("full cache", verbose)
+    first = _run(engine, tokens, caches.full(engine.model, made.plan), settings, verbose)
+    if first.finish_reason == "interrupted":
+        return [first]
+    _heading("zeromerge", verbose)
+    mx.random.seed(state)
+    return [first, _run(engine, tokens, made, settings, verbose)]
 
 
 def _run(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> Run:
@@ -184,9 +193,9 @@ def _warn_of_context(context: int | None, prompt: int, max_tokens: int) -> None:
     if prompt > context:
         warn(f"{prompt} tokens are more than {trained}; the text may suffer, with any cache")
     elif max_tokens < 0 or prompt + max_tokens > context:
-        new = "any number of new tokens" if max_tokens < 0 else f"{max_tokens} new tokens"
+        new = "new ones without a limit can be" if max_tokens < 0 else f"{max_tokens} new ones are"
         warn(
-            f"{prompt} tokens and {new} are more than {trained}: "
+            f"{prompt} tokens and {new} more than {trained}: "
             f"from new token {context - prompt + 1} on the text may suffer, with any cache"
         )
 
