@@ -1,10 +1,10 @@
-// One decode step of one KV head (design.md 2.2 to 2.4, 4): a threadgroup serves a tile of GT query
-// heads over one split of the head's live rows. Row i of a head is kept row i for i < old, then recent
+// One decode step of one KV head (method.md 2, 3, 7): a threadgroup serves a tile of GT query heads
+// over one split of the head's filled rows. Row i of a head is kept row i for i < old, then recent
 // row i - old. Grid: x splits, y tiles, z batch * KV heads; 8 simdgroups.
 //
-// SPLIT (several splits or tiles): the outputs are scratch for attend_join: out the unnormalised
-// float32 outputs [B, H, G, splits, DV], kept_out the logits [B, H, G, capacity], recent_out the
-// (maximum, sum) behind each of the outputs [B, H, G, splits, 2].
+// SPLIT (several splits or tiles): the outputs are scratch for attend_join: output the unnormalised
+// float32 outputs [B, H, G, splits, DV], new_kept_score the logits [B, H, G, capacity], new_recent_score
+// the (maximum, sum) behind each of the outputs [B, H, G, splits, 2].
 
 constexpr int SIMDS = 8;
 constexpr int PADDED = GT > 4 ? 8 : GT > 2 ? 4 : GT;  // 8 dot products go through one reduction:
@@ -13,37 +13,33 @@ constexpr int FLIGHT = BLOCK > 4 ? BLOCK : 4;         // rows that a simdgroup l
 constexpr int ND = Lane<D>::size, NV = Lane<DV>::size;
 
 threadgroup float logits[GT * ROWS];  // later the probabilities, not normalised
-threadgroup float bias[ROWS];
+threadgroup float log_mass[ROWS];
 threadgroup float shared[SIMDS * (D > DV ? D : DV)];
-threadgroup float norms[GT], peaks[GT], sums[GT];
+threadgroup float half_norms[GT], peaks[GT], sums[GT];
 
 const int me = thread_index_in_threadgroup;
 const int simd = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const int split = threadgroup_position_in_grid.x, splits = threadgroups_per_grid.x;
 const int tile = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
 
-const int left = counts[0], live = counts[1], heads = counts[2];
-const int kept_rows = counts[3], recent_rows = counts[4], capacity = counts[5];
-const float scale = settings[0], alpha = settings[1], kappa = settings[2], decay = settings[3];
-
+const int kept_rows = kept_keys_shape[1], heads = recent_keys_shape[1], recent_rows = recent_keys_shape[2];
 const int b = bh / heads, h = bh % heads;
 const int edge = lane < 2 ? starts[h + lane] : 0;
 const int start = simd_broadcast(edge, 0), rows = simd_broadcast(edge, 1) - start;
 const size_t first = size_t(b) * kept_rows + start;  // of the head's kept rows
 const size_t recent = size_t(bh) * recent_rows;
-const int old = min(left, rows), total = old + live;
-const int merged = left > rows ? R : 0;
+const int old = min(departed, rows), total = old + filled;
+const int merged = departed > rows ? R : 0;
 const int length = (total + splits - 1) / splits;
 const int begin = min(split * length, total), count = min(length, total - begin);
 const size_t head = size_t(bh) * G + tile * GT;  // first query head of the tile
 const int members = min(GT, G - tile * GT);
 
-// Queries, scaled, and the bias of each row.
+// Queries, scaled, and the log mass of each row.
 for (int i = me; i < GT * D; i += SIMDS * 32)
   shared[i] = i < members * D ? float(queries[head * D + i]) * scale : 0.0f;
 for (int j = me; j < count; j += SIMDS * 32) {
-  const float w = begin + j < old ? kept_weight[first + begin + j] : 1.0f;
-  bias[j] = w > 0 ? alpha * log(w) : ZM_NEG_INF;
+  log_mass[j] = zm_log_mass(begin + j < old ? kept_weight[first + begin + j] : 1.0f, alpha);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -55,7 +51,7 @@ if (simd < GT) {
   float square = 0;
   for (int i = lane; i < D; i += 32) square += shared[simd * D + i] * shared[simd * D + i];
   square = simd_sum(square);
-  if (lane == 0) norms[simd] = 0.5f * square;
+  if (lane == 0) half_norms[simd] = 0.5f * square;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -64,7 +60,7 @@ for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
   float k[FLIGHT][ND];
   for (int r = 0; r < FLIGHT; r++) {
     const int j = j0 + r, i = begin + j;
-    const bool used = j < count && bias[j] != ZM_NEG_INF;
+    const bool used = j < count && log_mass[j] != ZM_NEG_INF;
     const device T* row = i < old ? kept_keys + (first + i) * D : recent_keys + (recent + i - old) * D;
     for (int e = 0; e < ND; e++) k[r][e] = used ? zm_element<D>(row, lane * ND + e) : 0.0f;
   }
@@ -77,10 +73,10 @@ for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
     const float dot = zm_sum_of_8(dots, lane);  // of row lane / 4 / PADDED, head lane / 4 % PADDED
     const int g = lane / 4 % PADDED, j = j0 + r0 + lane / 4 / PADDED, i = begin + j;
     if (lane % 4 == 0 && g < GT && j < count) {
-      const float lift = i < merged ? min(kappa, norms[g] * kept_spread[size_t(bh) * R + i]) : 0.0f;
-      const float logit = dot + bias[j] + lift;
+      const float spread = i < merged ? residual_spread[size_t(bh) * R + i] : 0.0f;
+      const float logit = zm_compensated(dot, log_mass[j], kappa, spread, half_norms[g]);
       logits[g * ROWS + j] = logit;
-      if (SPLIT && g < members) kept_out[(head + g) * capacity + i] = logit;
+      if (SPLIT && g < members) new_kept_score[(head + g) * capacity + i] = logit;
     }
   }
 }
@@ -93,7 +89,7 @@ if (simd < GT) {
   float peak = sink, sum = 0;
   for (int j = lane; j < count; j += 32) peak = max(peak, of_head[j]);
   peak = simd_max(peak);
-  const float level = peak == ZM_NEG_INF ? 0 : peak;  // no live row: all probabilities are 0
+  const float level = peak == ZM_NEG_INF ? 0 : peak;  // no row holds anything: all probabilities are 0
   for (int j = lane; j < count; j += 32) {
     const float p = exp(of_head[j] - level);
     of_head[j] = p;
@@ -115,7 +111,7 @@ for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
   float v[FLIGHT][NV];
   for (int r = 0; r < FLIGHT; r++) {
     const int j = j0 + r, i = begin + j;
-    const bool used = j < count && bias[j] != ZM_NEG_INF;
+    const bool used = j < count && log_mass[j] != ZM_NEG_INF;
     const device T* row = i < old ? kept_values + (first + i) * DV : recent_values + (recent + i - old) * DV;
     for (int e = 0; e < NV; e++) v[r][e] = used ? zm_element<DV>(row, lane * NV + e) : 0.0f;
   }
@@ -138,27 +134,27 @@ for (int g = 0; g < GT; g++) {
     float sum = 0;
     for (int s = 0; s < SIMDS; s++) sum += shared[s * DV + d];
     if (SPLIT)
-      out[((head + g) * splits + split) * DV + d] = static_cast<O>(sum);
+      output[((head + g) * splits + split) * DV + d] = static_cast<O>(sum);
     else
-      out[(head + g) * DV + d] = static_cast<O>(sum / sums[g]);
+      output[(head + g) * DV + d] = static_cast<O>(sum / sums[g]);
   }
 }
 
 if (SPLIT) {
   if (me < members) {
-    recent_out[((head + me) * splits + split) * 2] = peaks[me];
-    recent_out[((head + me) * splits + split) * 2 + 1] = sums[me];
+    new_recent_score[((head + me) * splits + split) * 2] = peaks[me];
+    new_recent_score[((head + me) * splits + split) * 2 + 1] = sums[me];
   }
 } else {
   for (int i = me; i < rows + recent_rows; i += SIMDS * 32) {
     const bool in_kept = i < rows;
-    const int j = in_kept ? i : old + i - rows;  // among the live rows
+    const int j = in_kept ? i : old + i - rows;  // among the filled rows
     float mass = 0;
-    if (in_kept ? i < old : i - rows < live)
+    if (in_kept ? i < old : i - rows < filled)
       for (int g = 0; g < GT; g++) mass += logits[g * ROWS + j] / sums[g];
     if (in_kept)
-      kept_out[first + i] = decay * kept_score[first + i] + mass;
+      new_kept_score[first + i] = decay * kept_score[first + i] + mass;
     else
-      recent_out[recent + i - rows] = i - rows < live ? decay * recent_score[recent + i - rows] + mass : 0.0f;
+      new_recent_score[recent + i - rows] = i - rows < filled ? decay * recent_score[recent + i - rows] + mass : 0.0f;
   }
 }

@@ -1,39 +1,36 @@
-// Flash-style prefill attention with the per-row bias and the causal tail (design 2.2, 4).
+// Flash-style attention of a prompt's queries with compensated logits and a causal tail (method.md 2, 7).
 //
 // The G * L queries of a KV head lie one after the other in memory. A threadgroup takes SG * 8 of them and
-// walks over tiles of BK live rows, kept ones first; each simdgroup owns 8 queries, whose output stays in
+// walks over tiles of BK filled rows, kept ones first; each simdgroup owns 8 queries, whose output stays in
 // float fragments. Rows may be split over threadgroups: each writes its own normalised output and log-sum-exp.
 //
-// template: T, OT (of the output), D, DV, BK, SG, SINKS, VALUES (false: only the log-sum-exp)
-// counts: left, live, L, splits
-// sizes: G, KV heads, kept rows, recent rows, residual rows
-// settings: scale, alpha, kappa
+// template: T, OT (of the output), D, DV, R, BK, SG, SINKS, VALUES (false: only the log-sum-exp)
 const int KS = D + 16 / sizeof(T), VS = DV + 16 / sizeof(T);  // padded against bank conflicts
 threadgroup T key_tile[BK * KS];
 threadgroup T value_tile[VALUES ? BK * VS : 1];
 threadgroup float scratch[SG * 8 * BK];  // logits, then probabilities, of each simdgroup
 threadgroup float diagonals[SG * 64];
 threadgroup T edges[SG * 64];
-threadgroup float bias[BK];
-threadgroup float variance[BK];
+threadgroup float log_mass[BK];
+threadgroup float spread[BK];
 
-const int left = counts[0], live = counts[1], length = counts[2], splits = counts[3];
-const int group = sizes[0], heads = sizes[1], kept_rows = sizes[2], recent_rows = sizes[3], residual = sizes[4];
-const float scale = settings[0], alpha = settings[1], kappa = settings[2];
+const int kept_rows = kept_keys_shape[1], heads = recent_keys_shape[1], recent_rows = recent_keys_shape[2];
+const int group = queries_shape[1] / heads, length = queries_shape[2];
 const uint lane = thread_index_in_simdgroup, simd = simdgroup_index_in_threadgroup;
 const int h = threadgroup_position_in_grid.y, b = threadgroup_position_in_grid.z;
 const int split = threadgroup_position_in_grid.x % splits;
 const int total = group * length;
 const int first = threadgroup_position_in_grid.x / splits * (SG * 8);
-const int begin = starts[h], old = min(left, starts[h + 1] - begin);
+const int begin = starts[h], rows = starts[h + 1] - begin, old = min(departed, rows);
+const int merged = departed > rows ? R : 0;
 const int head = b * heads + h;
 
 // Four lanes share a query: lane / 4 of the simdgroup's 8.
 const int mine = first + simd * 8, query = mine + lane / 4;
-const int sees = query < total ? live - length + query % length + 1 : 0;  // recent rows
+const int sees = query < total ? filled - length + query % length + 1 : 0;  // recent rows
 const int last = min(first + SG * 8, total) - 1;
 const int furthest = last / length > first / length ? length - 1 : last % length;
-const int visible = live - length + furthest + 1;
+const int visible = filled - length + furthest + 1;
 
 const device T* q = queries + (size_t(head) * total + min(mine, total)) * D;
 simdgroup_matrix<T, 8, 8> query_fragment[D / 8];
@@ -42,7 +39,7 @@ for (int d = 0; d < D / 8; d++) {
   zm_load_edge(query_fragment[d], q + d * 8, D, total - mine, false, edges + simd * 64, lane);
 }
 float norm = 0;
-if (query < total && min(residual, old) > 0) {
+if (query < total && merged > 0) {
   for (int d = lane % 4; d < D; d += 4) {
     float x = float(q[(lane / 4) * D + d]);
     norm += x * x;
@@ -50,7 +47,7 @@ if (query < total && min(residual, old) > 0) {
 }
 norm += simd_shuffle_xor(norm, 1);
 norm += simd_shuffle_xor(norm, 2);
-const float lift = 0.5f * scale * scale * norm;
+const float half_norm = 0.5f * scale * scale * norm;
 
 // The running maximum is finite from the start, so that rows without any probability give no NaN.
 float top = -FLT_MAX, sum = 0;
@@ -58,10 +55,10 @@ if (SINKS && split == 0 && query < total) {
   top = sinks[h * group + query / length];
   sum = lane % 4 == 0 ? 1 : 0;
 }
-simdgroup_matrix<float, 8, 8> output[DV / 8];
+simdgroup_matrix<float, 8, 8> sums[DV / 8];
 ZM_UNROLL
 for (int d = 0; d < DV / 8; d++) {
-  output[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  sums[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
 
 threadgroup float* logits = scratch + simd * 8 * BK;
@@ -81,9 +78,8 @@ for (int t = tiles * split / splits; t < tiles * (split + 1) / splits; t++) {
         (is_kept ? kept_values : recent_values) + row * DV, value_tile, count, thread_index_in_threadgroup);
   }
   for (int j = thread_index_in_threadgroup; j < BK; j += SG * 32) {
-    float w = j >= count ? 0 : is_kept ? weight[row + j] : 1;
-    bias[j] = w > 0 ? alpha * log(w) : ZM_NEG_INF;
-    variance[j] = is_kept && j < count && at + j < residual ? spread[head * residual + at + j] : 0;
+    log_mass[j] = zm_log_mass(j >= count ? 0.0f : is_kept ? kept_weight[row + j] : 1.0f, alpha);
+    spread[j] = is_kept && j < count && at + j < merged ? residual_spread[head * R + at + j] : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -112,7 +108,7 @@ for (int t = tiles * split / splits; t < tiles * (split + 1) / splits; t++) {
   ZM_UNROLL
   for (int c = 0; c < BK / 4; c++) {
     const int j = lane % 4 + 4 * c;
-    x[c] = scale * logits[(lane / 4) * BK + j] + bias[j] + min(kappa, lift * variance[j]);
+    x[c] = zm_compensated(scale * logits[(lane / 4) * BK + j], log_mass[j], kappa, spread[j], half_norm);
     x[c] = is_kept || at + j < sees ? x[c] : ZM_NEG_INF;
     highest = max(highest, x[c]);
   }
@@ -139,8 +135,8 @@ for (int t = tiles * split / splits; t < tiles * (split + 1) / splits; t++) {
       ZM_UNROLL
       for (int d = 0; d < DV / 8; d++) {
         simdgroup_matrix<float, 8, 8> faded = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-        zm_multiply_accumulate(faded, fades, output[d]);
-        output[d] = faded;
+        zm_multiply_accumulate(faded, fades, sums[d]);
+        sums[d] = faded;
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -152,7 +148,7 @@ for (int t = tiles * split / splits; t < tiles * (split + 1) / splits; t++) {
       for (int d = 0; d < DV / 8; d++) {
         simdgroup_matrix<T, 8, 8> value;
         zm_load(value, value_tile + c * 8 * VS + d * 8, VS);
-        zm_multiply_accumulate(output[d], probabilities, value);
+        zm_multiply_accumulate(sums[d], probabilities, value);
       }
     }
   }
@@ -169,15 +165,15 @@ if (VALUES) {
   ZM_UNROLL
   for (int d = 0; d < DV / 8; d++) {
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    zm_store(output[d], diagonal, 8);
+    zm_store(sums[d], diagonal, 8);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int e = 0; e < 2; e++) {
       const int column = lane % 4 + 4 * e;
       if (query < total) {
-        out[place * DV + d * 8 + column] = static_cast<OT>(inverse * diagonal[(lane / 4) * 8 + column]);
+        output[place * DV + d * 8 + column] = static_cast<OT>(inverse * diagonal[(lane / 4) * 8 + column]);
       }
     }
   }
 } else if (all(thread_position_in_grid == uint3(0))) {
-  out[0] = static_cast<OT>(0.0f);
+  output[0] = static_cast<OT>(0.0f);
 }

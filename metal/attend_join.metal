@@ -10,9 +10,8 @@ threadgroup float shares[SIMDS * 32];    // of 256 splits in the output
 const int me = thread_index_in_threadgroup;
 const int simd = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const int part = threadgroup_position_in_grid.x, bh = threadgroup_position_in_grid.z;
-const int left = counts[0], live = counts[1], heads = counts[2];
-const int kept_rows = counts[3], recent_rows = counts[4], capacity = counts[5], splits = counts[6];
-const float decay = settings[3];
+const int kept_rows = kept_score_shape[1], heads = recent_score_shape[1], recent_rows = recent_score_shape[2];
+const int capacity = logits_shape[3], splits = partial_output_shape[3];
 const int b = bh / heads, h = bh % heads;
 const size_t head = size_t(bh) * G;
 
@@ -41,26 +40,26 @@ if (is_output) {
     if (s0 + me < splits) shares[me] = exp(partial_sums[(at + s0 + me) * 2] - peaks[part]) * inverse[part];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (me < DV)
-      for (int s = 0; s < min(SIMDS * 32, splits - s0); s++) sum += shares[s] * partial[(at + s0 + s) * DV + me];
+      for (int s = 0; s < min(SIMDS * 32, splits - s0); s++) sum += shares[s] * partial_output[(at + s0 + s) * DV + me];
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (me < DV) out[(head + part) * DV + me] = static_cast<O>(sum);
+  if (me < DV) output[(head + part) * DV + me] = static_cast<O>(sum);
   return;
 }
 
 const int edge = lane < 2 ? starts[h + lane] : 0;
-const int start = simd_broadcast(edge, 0), rows = simd_broadcast(edge, 1) - start, old = min(left, rows);
+const int start = simd_broadcast(edge, 0), rows = simd_broadcast(edge, 1) - start, old = min(departed, rows);
 const size_t first = size_t(b) * kept_rows + start, recent = size_t(bh) * recent_rows;
 const int begin = (part - G) * CHUNK, end = min(begin + CHUNK, rows + recent_rows);
 for (int i = begin + me; i < end; i += SIMDS * 32) {
   const bool in_kept = i < rows;
-  const bool lives = in_kept ? i < old : i - rows < live;
+  const bool holds = in_kept ? i < old : i - rows < filled;
   float mass = 0;
-  if (lives)
+  if (holds)
     for (int g = 0; g < G; g++)
       mass += exp(logits[(head + g) * capacity + (in_kept ? i : old + i - rows)] - peaks[g]) * inverse[g];
   if (in_kept)
-    kept_out[first + i] = decay * kept_score[first + i] + mass;
+    new_kept_score[first + i] = decay * kept_score[first + i] + mass;
   else
-    recent_out[recent + i - rows] = lives ? decay * recent_score[recent + i - rows] + mass : 0.0f;
+    new_recent_score[recent + i - rows] = holds ? decay * recent_score[recent + i - rows] + mass : 0.0f;
 }

@@ -8,6 +8,16 @@ struct Lane {
   enum { size = (n + 31) / 32 };
 };
 
+// ---- the compensated logit (method.md 2): attend, attend_chunk, score
+
+// What the tokens behind a row add to its logit; a row of weight 0 holds nothing.
+inline float zm_log_mass(float weight, float alpha) { return weight > 0 ? alpha * log(weight) : ZM_NEG_INF; }
+
+// `dot` and `half_norm` (half the squared norm) are those of the scaled query; `spread` is 0 unless rows were merged.
+inline float zm_compensated(float dot, float log_mass, float kappa, float spread, float half_norm) {
+  return dot + log_mass + (spread == 0 ? 0.0f : min(kappa, half_norm * spread));
+}
+
 // ---- attend
 
 // Half of 2 * n values goes to the lane across `mask`, its other half comes from there.

@@ -1,8 +1,9 @@
-// One threadgroup a head: where each row of the new kept store comes from, and who is to be merged.
+// The first launch of compact, one threadgroup a head: where each row of the new kept store comes from, and
+// who is to be merged (method.md 4).
 //
-// The M-th largest pooled score is found digit by digit (11, 11 and 10 bits) with integer
-// histograms; a last pass in the order of positions hands out the rows. Scores go through a ring in
-// threadgroup memory, where a pool of up to RING rows stays: its scores are read once.
+// The M-th largest pooled importance is found digit by digit (11, 11 and 10 bits) with integer
+// histograms; a last pass in the order of positions hands out the rows. Importance goes through a ring in
+// threadgroup memory, where a pool of up to RING rows stays: it is read once.
 constexpr int RING = 5120, BINS = 2048;
 threadgroup uint ring[RING];
 threadgroup atomic_uint bins[BINS];
@@ -12,33 +13,31 @@ threadgroup uint found[2];  // the digits so far; how many rows are still to be 
 const int t = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const int simd = simdgroup_index_in_threadgroup;
 const int h = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.y;
-const int left = ZM_UNIFORM(counts[0]), leaving = ZM_UNIFORM(counts[1]);
-const int reach = ZM_UNIFORM(counts[2]), V = ZM_UNIFORM(counts[3]);
-const int K = score_shape[1], H = recent_score_shape[1], recent_rows = recent_score_shape[2];
+const int K = kept_importance_shape[1], H = recent_importance_shape[1], recent_rows = recent_importance_shape[2];
 const int first = ZM_UNIFORM(starts[h]), rows = ZM_UNIFORM(starts[h + 1]) - first;
 const size_t head = size_t(b) * H + h;
 device int* to = source + size_t(b) * K;
-device int* merging = victims + head * V;
+device int* merging = victims + head * max_victims;
 
-if (left + leaving <= rows) {  // raw phase: nothing is lost
+if (departed + leaving <= rows) {  // raw phase: nothing is lost
   for (int i = t; i < rows; i += THREADS) {
-    bool arrives = i >= left && i < left + leaving;
-    to[first + i] = arrives ? zm_recent_row(h * recent_rows + i - left, K) : first + i;
+    bool arrives = i >= departed && i < departed + leaving;
+    to[first + i] = arrives ? zm_recent_row(h * recent_rows + i - departed, K) : first + i;
   }
-  for (int i = t; i < V; i += THREADS) merging[i] = -1;
-  if (t < 2) todo[head * 2 + t] = 0;
+  for (int i = t; i < max_victims; i += THREADS) merging[i] = -1;
+  if (t == 0) victim_count[head] = phase[head] = 0;
   return;
 }
 
 // The pool: raw rows of the kept store (from row `begin`), then those that leave the recent one.
-const bool fresh = left <= rows;
-const int begin = first + (fresh ? 0 : R), raw = fresh ? left : rows - R;
+const bool fresh = departed <= rows;
+const int begin = first + (fresh ? 0 : R), raw = fresh ? departed : rows - R;
 const int n = raw + leaving, context = rows - R;
 for (int i = t; i < R; i += THREADS) to[first + i] = -1 - (h * R + i);
-for (int i = t + n - context; i < V; i += THREADS) merging[i] = -1;
+for (int i = t + n - context; i < max_victims; i += THREADS) merging[i] = -1;
 if (t == 0) {
-  todo[head * 2] = n - context;
-  todo[head * 2 + 1] = fresh ? 1 : 2;
+  victim_count[head] = n - context;
+  phase[head] = fresh ? 1 : 2;
 }
 
 uint least = ~0u, seats = context;  // rows above `least` are chosen, and `seats` of those level with it
@@ -51,7 +50,7 @@ for (int pass = context > 0 ? 0 : 3; pass < 4; pass++) {
   for (int done = 0; done < n;) {
     const int until = min(n, done + RING - reach);
     for (int i = loaded + t; i < until; i += THREADS) {
-      float x = i < raw ? score[size_t(b) * K + begin + i] : recent_score[head * recent_rows + i - raw];
+      float x = i < raw ? kept_importance[size_t(b) * K + begin + i] : recent_importance[head * recent_rows + i - raw];
       ring[i % RING] = zm_ordered(x);
     }
     loaded = max(loaded, until);
@@ -79,7 +78,7 @@ for (int pass = context > 0 ? 0 : 3; pass < 4; pass++) {
       if (i < ready) {
         int from = i < raw ? zm_kept_row(begin + i, K) : zm_recent_row(h * recent_rows + i - raw, K);
         if (is_above || (is_level && older < seats)) to[first + R + slot] = from;
-        else if (i - slot < V) merging[i - slot] = from;
+        else if (i - slot < max_victims) merging[i - slot] = from;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -1,13 +1,12 @@
-// New scores: the old ones, faded, plus decayed column sums of the attention probabilities (design 2.3, 4).
+// New scores: the old ones, faded, plus decayed column sums of the attention probabilities (method.md 3, 7).
 //
 // Each simdgroup owns 8 rows of a KV head, whose keys it holds in fragments: keys are read once. A threadgroup
 // of SG simdgroups walks over the G * L queries in tiles of BQ. Nothing is added by more than one thread at a
 // time, so that results are always the same.
 //
-// template: T, D, BQ, SG
-// counts: left, live, L
-// sizes: G, KV heads, kept rows, recent rows, residual rows
-// settings: scale, alpha, kappa, decay, what is left of the old scores
+// `fade` is what is left of the old scores.
+//
+// template: T, D, R, BQ, SG
 const int QS = D + 16 / sizeof(T);  // padded against bank conflicts
 const int SHARE = SG * 32 / BQ;  // threads that compute the norm of a query together
 threadgroup T query_tile[BQ * QS];
@@ -15,41 +14,40 @@ threadgroup float scratch[SG * BQ * 8];
 threadgroup T edges[SG * 64];
 threadgroup float normaliser[BQ];  // the log-sum-exp
 threadgroup float decays[BQ];
-threadgroup float lifts[BQ];
+threadgroup float half_norms[BQ];
 threadgroup int sees[BQ];  // recent rows
 
-const int left = counts[0], live = counts[1], length = counts[2];
-const int group = sizes[0], heads = sizes[1], kept_rows = sizes[2], recent_rows = sizes[3], residual = sizes[4];
-const float scale = settings[0], alpha = settings[1], kappa = settings[2], decay = settings[3], fade = settings[4];
+const int kept_rows = kept_keys_shape[1], heads = recent_keys_shape[1], recent_rows = recent_keys_shape[2];
+const int group = queries_shape[1] / heads, length = queries_shape[2];
 const uint lane = thread_index_in_simdgroup, simd = simdgroup_index_in_threadgroup;
 const int h = threadgroup_position_in_grid.y, b = threadgroup_position_in_grid.z;
 const int head = b * heads + h, total = group * length;
-const int begin = starts[h], size = starts[h + 1] - begin, old = min(left, size);
+const int begin = starts[h], rows = starts[h + 1] - begin, old = min(departed, rows);
+const int merged = departed > rows ? R : 0;
 
-// Tiles of 8 rows: those with live kept rows, with live recent rows, the other kept, the other recent ones.
-const int kept_live = (old + 7) / 8, recent_live = (live + 7) / 8, alive = kept_live + recent_live;
-const int kept_tiles = (size + 7) / 8;
+// Tiles of 8 rows: those with filled kept rows, with filled recent rows, the other kept, the other recent ones.
+const int kept_filled = (old + 7) / 8, recent_filled = (filled + 7) / 8, read = kept_filled + recent_filled;
+const int kept_tiles = (rows + 7) / 8;
 const int first = threadgroup_position_in_grid.x * SG, tile = first + simd;
-const bool is_kept = tile < alive ? tile < kept_live : tile < recent_live + kept_tiles;
-const int skipped = is_kept ? (tile < alive ? 0 : recent_live) : (tile < alive ? kept_live : kept_tiles);
+const bool is_kept = tile < read ? tile < kept_filled : tile < recent_filled + kept_tiles;
+const int skipped = is_kept ? (tile < read ? 0 : recent_filled) : (tile < read ? kept_filled : kept_tiles);
 const int at = 8 * (tile - skipped);
-const int count = tile < alive ? min(8, (is_kept ? old : live) - at) : 0;
+const int count = tile < read ? min(8, (is_kept ? old : filled) - at) : 0;
 const size_t row = is_kept ? size_t(b) * kept_rows + begin + at : size_t(head) * recent_rows + at;
 const int column = lane % 8;  // the row of this lane
 float mass = 0;
 
-if (first < alive) {
+if (first < read) {
   simdgroup_matrix<T, 8, 8> key[D / 8];
   const device T* keys = count == 0 ? recent_keys : (is_kept ? kept_keys : recent_keys) + row * D;
   ZM_UNROLL
   for (int d = 0; d < D / 8; d++) {
     zm_load_edge(key[d], keys + d * 8, D, count, true, edges + simd * 64, lane);
   }
-  const float w = column >= count ? 0 : is_kept ? weight[row + column] : 1;
-  const float bias = w > 0 ? alpha * log(w) : ZM_NEG_INF;
-  const bool merged = is_kept && column < count && at + column < residual;
-  const float variance = merged ? spread[head * residual + at + column] : 0;
-  const bool needs_norms = first * 8 < min(residual, old);
+  const float log_mass = zm_log_mass(column >= count ? 0.0f : is_kept ? kept_weight[row + column] : 1.0f, alpha);
+  const bool lifted = is_kept && column < count && at + column < merged;
+  const float spread = lifted ? residual_spread[head * R + at + column] : 0.0f;
+  const bool needs_norms = first * 8 < merged;
   threadgroup float* dots = scratch + simd * BQ * 8;
 
   for (int q = 0; q < total; q += BQ) {
@@ -60,8 +58,8 @@ if (first < alive) {
       const int age = length - 1 - (q + i) % length;
       normaliser[i] = q + i < total ? log_sum_exp[size_t(head) * total + q + i] : INFINITY;
       decays[i] = pow(decay, float(age));
-      sees[i] = live - age;
-      lifts[i] = 0;
+      sees[i] = filled - age;
+      half_norms[i] = 0;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (needs_norms) {
@@ -75,7 +73,7 @@ if (first < alive) {
         norm += simd_shuffle_xor(norm, other);
       }
       if (thread_index_in_threadgroup % SHARE == 0) {
-        lifts[i] = 0.5f * scale * scale * norm;
+        half_norms[i] = 0.5f * scale * scale * norm;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
@@ -100,7 +98,7 @@ if (first < alive) {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lane / 8; i < BQ; i += 4) {
-      const float logit = scale * dots[i * 8 + column] + bias + min(kappa, lifts[i] * variance);
+      const float logit = zm_compensated(scale * dots[i * 8 + column], log_mass, kappa, spread, half_norms[i]);
       if (is_kept || at + column < sees[i]) {
         mass += decays[i] * exp(logit - normaliser[i]);
       }
@@ -110,9 +108,9 @@ if (first < alive) {
   mass += simd_shuffle_xor(mass, 16);
 }
 
-if (lane < 8 && is_kept && at + column < size) {
+if (lane < 8 && is_kept && at + column < rows) {
   new_kept_score[row + column] = fade * kept_score[row + column] + mass;
 }
 if (lane < 8 && !is_kept && at + column < recent_rows) {
-  new_recent_score[row + column] = at + column < live ? fade * recent_score[row + column] + mass : 0;
+  new_recent_score[row + column] = at + column < filled ? fade * recent_score[row + column] + mass : 0;
 }

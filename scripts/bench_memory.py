@@ -62,14 +62,14 @@ from bench_memory_records import (
 )
 from tqdm import tqdm
 
-from zm_mlx import backend
-from zm_mlx.budget import LayerShape
 from zm_mlx.doctor import machine
-from zm_mlx.errors import UnsupportedModelError
-from zm_mlx.generate import INTERRUPTED
-from zm_mlx.hook import probe
-from zm_mlx.memory import free_bytes
+from zm_mlx.errors import UnsupportedModelError, UserError
+from zm_mlx.host.memory import free_bytes
+from zm_mlx.host.probe import probe
+from zm_mlx.interrupts import INTERRUPTED
+from zm_mlx.ops import choose
 from zm_mlx.report import size
+from zm_mlx.state.layout import LayerShape
 
 DEFAULT_CACHES = (
     "full quantized:8 quantized:4 rotating:0.05 rotating:2048 zeromerge:0.05 zeromerge:0.10 zeromerge:2048".split()
@@ -98,10 +98,6 @@ NO_MEMORY = (
     "bad_alloc",
     "memoryerror",
 )
-
-
-class UserError(Exception):
-    """Something that the user can mend; the message is one line that says how."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def environment() -> Record:
         # Without the kernel's release, which changes with every update.
         "machine": f"{facts['chip']}, {cores} cores, {facts['system'].partition('-')[0]}, {device.upper()}",
         "blas": " ".join(p for p in preloaded if "blas" in p.lower()) or None,
-        "kernels": "metal" if backend.has_metal() and backend.mode(None) != "ops" else "ops",
+        "kernels": "metal" if choose.has_metal() and choose.mode() != "ops" else "ops",
         "mlx": facts["mlx"],
         "mlx_lm": facts["mlx-lm"],
         "zm_mlx": facts["zm_mlx"],

@@ -5,24 +5,25 @@ A name is a family and what it needs, in the words of ``--kv-budget``: ``full``,
 ``veloxquant:h2o:0.05``. A fraction is one of the context.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
-from zm_mlx.budget import Budget, LayerShape, layout, resolve
-from zm_mlx.cache import Prefill, ZeroMergeCache
-from zm_mlx.generate import ROTATING_KEEP
-from zm_mlx.hook import replace_caches
-from zm_mlx.plan import plan_cache
-from zm_mlx.policy import Policy
-from zm_mlx.stores import Kept, Recent
+from zm_mlx.budget import Budget, Request, resolve, total_bytes
+from zm_mlx.host import caches
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.host.plan import plan_cache
+from zm_mlx.phases import Prefill
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import LayerShape, Layout
+from zm_mlx.state.rows import Dense
+from zm_mlx.state.state import Kept, Residuals, Scores, State
 
 FORMS = "full, quantized:BITS, rotating:N, zeromerge:N, veloxquant:h2o[:N] or veloxquant:snapkv[:N]"
 BITS = (8, 6, 4, 3, 2)  # what mlx quantises to
@@ -76,9 +77,13 @@ class Cache:
 
     # ---- what it should hold
 
+    def layouts(self, shapes: Sequence[LayerShape], context: int) -> tuple[Layout, ...]:
+        """What a budget means for ZeroMerge; other caches get as many rows."""
+        return resolve(self.budget, shapes, Policy(), Request(prompt_tokens=context)).layouts
+
     def rows(self, shapes: Sequence[LayerShape], context: int) -> int:
         """N, rows per head, of a cache with a budget."""
-        return resolve(self.budget, shapes, Policy(), prompt_tokens=context).rows
+        return self.layouts(shapes, context)[0].capacity
 
     def holds(self, shapes: Sequence[LayerShape], context: int, decoded: int) -> int:
         """Bytes of the cache at ``context`` tokens, the last ``decoded`` of which came one by one."""
@@ -88,10 +93,9 @@ class Cache:
                 return sum(stepped * s.token_bytes for s in shapes)
             case "quantized":
                 return sum(stepped * _quantized_token_bytes(s, self.bits) for s in shapes)
+            case "zeromerge":
+                return total_bytes(self.layouts(shapes, context), shapes)
         rows = self.rows(shapes, context)
-        if self.family == "zeromerge":
-            layouts = [layout(rows, s, Policy()) for s in shapes]
-            return sum(a.nbytes(s.head_dim, s.value_dim, s.itemsize) for a, s in zip(layouts, shapes, strict=True))
         if self.family == "rotating":
             return sum(min(rows, stepped) * s.token_bytes for s in shapes)
         held = min(rows, context)
@@ -118,30 +122,25 @@ class Cache:
         self, model: nn.Module, shapes: Sequence[LayerShape], context: int, prefill: Prefill = "streaming"
     ) -> Made:
         """Empty caches for a prompt of ``context`` tokens."""
-        if self.family == "zeromerge":
-            caches = plan_cache(model, self.budget, prompt_length=context, prefill=prefill).caches(model)
-            return Made(caches, [c for c in _flat(caches) if isinstance(c, ZeroMergeCache)])
-        if self.family == "veloxquant":
-            caches = self._veloxquant(model, self.rows(shapes, context))
-            return Made(caches, [c for c in caches if type(c).__module__.startswith("veloxquant_mlx")])
-        compared: list[Any] = []
+        match self.family:
+            case "zeromerge":
+                made = caches.zeromerge(model, plan_cache(model, self.budget, prompt_length=context, prefill=prefill))
+            case "full":
+                made = caches.full(model)
+            case "quantized":
+                made = caches.quantized(model, self.bits, [_group(s) for s in shapes])
+            case "rotating":
+                made = caches.rotating(model, [self.rows(shapes, context)] * len(shapes))
+            case _:
+                return self._veloxquant(model, self.rows(shapes, context))
+        return Made(made.every, made.growing)
 
-        def layer(i: int) -> Any:
-            if self.family == "quantized":
-                compared.append(QuantizedKVCache(_group(shapes[i]), self.bits))
-            elif self.family == "rotating":
-                compared.append(RotatingKVCache(self.rows(shapes, context), keep=ROTATING_KEEP))
-            else:
-                compared.append(KVCache())
-            return compared[-1]
-
-        return Made(replace_caches(make_prompt_cache(model), layer), compared)
-
-    def _veloxquant(self, model: nn.Module, rows: int) -> list[Any]:
+    def _veloxquant(self, model: nn.Module, rows: int) -> Made:
         from veloxquant_mlx import KVCacheBuilder, KVCacheConfig
 
         config = KVCacheConfig(method=self.method, **{VELOXQUANT[self.method]: rows})
-        return list(KVCacheBuilder.for_model(model, config))
+        every = list(KVCacheBuilder.for_model(model, config))
+        return Made(every, [c for c in every if type(c).__module__.startswith("veloxquant_mlx")])
 
     def filled(self, model: nn.Module, shapes: Sequence[LayerShape], context: int, tokens: int, seed: int) -> Made:
         """Caches for ``context`` tokens that have seen ``tokens``, with seeded random keys and values."""
@@ -180,62 +179,75 @@ def has_veloxquant() -> bool:
     return find_spec("veloxquant_mlx") is not None
 
 
-def phase(cache: Any) -> int:
+def epoch(cache: Any) -> int:
     """A number that changes when a cache does what it does not do at every token: grow, or compact."""
-    return int(cache.left if isinstance(cache, ZeroMergeCache) else cache.nbytes)
+    if isinstance(cache, ZeroMergeCache):
+        return cache.layer.departed if cache.layer else 0
+    return int(cache.nbytes)
 
 
 def stream(cache: ZeroMergeCache, shape: LayerShape, tokens: int) -> None:
-    """Put an empty cache into the state that streaming ``tokens`` tokens leaves, with random rows.
+    """Put an empty cache into the state that streaming ``tokens`` tokens leaves, with random rows."""
+    cache.layer = streamed(cache.layout, shape, tokens)
+    mx.eval(cache.layer.arrays())
+
+
+def streamed(layout: Layout, shape: LayerShape, tokens: int) -> State:
+    """What streaming ``tokens`` tokens leaves of them, in a layout with as many rows for each head.
 
     Rows, weights, positions and the count to the next compaction are those of a cache that really
     saw the tokens (a test compares them); which tokens are kept, and all keys and values, are not.
     """
-    regions, width = layout(cache.table, shape, cache.policy), (shape.head_dim, shape.value_dim)
-    staged = (tokens - regions.capacity) % regions.staging
-    left = max(0, tokens - staged - regions.proximity)
-    live = tokens - left
-    keys, values = _random_rows(shape, regions.recent)
-    recent = Recent(keys, values, _scores(shape.heads, regions.recent, live))
-    kept = Kept.empty(1, regions, *width, keys.dtype)
-    residual, context = regions.residual, regions.context[0]
-    if left <= residual + context:
-        weights = [1.0] * left + [0.0] * (residual + context - left)
-        positions = [i if i < left else -1 for i in range(residual + context)]
-        merged: tuple[mx.array, ...] = kept[5:]
-        keys, values = _random_rows(shape, residual + context)
+    since_compaction = (tokens - layout.capacity) % layout.staging
+    departed = max(0, tokens - since_compaction - layout.proximity)
+    filled, rows = tokens - departed, layout.residual + layout.context[0]
+    recent = _random_rows(shape, layout.recent)
+    empty = State.empty(layout, recent, layout.recent)
+    if departed <= rows:
+        raw, residuals = _random_rows(shape, rows), empty.residuals
+        weights = [1.0] * departed + [0.0] * (rows - departed)
+        positions = [i if i < departed else -1 for i in range(rows)]
     else:
-        share, more = divmod(left - context, max(1, residual))
-        counts = [float(share + (i < more)) for i in range(residual)]
-        weights = counts + [1.0] * context
-        positions = [-1] * residual + [i * left // context for i in range(context)]
-        # The mean of w random rows has 1/√w of their length; the rest is the variance behind it.
-        count = mx.array(counts)[:, None]
-        means = [mx.random.normal((1, shape.heads, residual, d)) / mx.sqrt(mx.maximum(count, 1)) for d in width]
-        spread = mx.broadcast_to(1 - 1 / mx.maximum(count[:, 0], 1), kept.spread.shape)
-        squares = count[:, 0] * ((means[0] ** 2).sum(axis=-1) + shape.head_dim * spread)
-        merged = (spread, *(count * x for x in means), squares)
-        raw = _random_rows(shape, context)
-        keys, values = (mx.concatenate([x.astype(y.dtype), y], axis=2) for x, y in zip(means, raw, strict=True))
-    rows = [
-        *(x.flatten(1, 2) for x in (keys, values)),
+        raw, residuals, weights, positions = _merged(layout, shape, departed)
+    scores = Scores(
+        kept=_scores(shape.heads, rows, min(departed, rows)).flatten(1, 2),
+        recent=_scores(shape.heads, layout.recent, filled),
+    )
+    kept = Kept(
+        raw.map(lambda x: x.flatten(1, 2)),
         mx.array(weights * shape.heads)[None],
-        _scores(shape.heads, residual + context, min(left, residual + context)).flatten(1, 2),
         mx.array(positions * shape.heads, mx.int32)[None],
-    ]
-    *_, text = cache.state
-    facts = json.dumps({**json.loads(str(text)), "left": left, "live": live, "staged": staged})
-    cache.state = [*recent, *rows, *merged, None, None, facts]
+    )
+    return State(kept, residuals, recent, scores, departed, filled, since_compaction)
+
+
+def _merged(layout: Layout, shape: LayerShape, departed: int) -> tuple[Dense, Residuals, list[float], list[int]]:
+    """Kept rows once more tokens have departed than there are such rows.
+
+    Returns:
+        rows [1, H, rows] and the sums behind them; weights and positions of one head, the same for all.
+    """
+    residual, context = layout.residual, layout.context[0]
+    share, more = divmod(departed - context, max(1, residual))
+    counts = [float(share + (i < more)) for i in range(residual)]
+    count, dims = mx.array(counts)[:, None], (shape.head_dim, shape.value_dim)
+    # The mean of w random rows has 1/√w of their length; the rest is the variance behind it.
+    means = Dense(*(mx.random.normal((1, shape.heads, residual, d)) / mx.sqrt(mx.maximum(count, 1)) for d in dims))
+    spread = mx.broadcast_to(1 - 1 / mx.maximum(count[:, 0], 1), means.shape)
+    squares = count[:, 0] * ((means.keys**2).sum(axis=-1) + shape.head_dim * spread)
+    rows = means.zip(_random_rows(shape, context), lambda x, y: mx.concatenate([x.astype(y.dtype), y], axis=2))
+    residuals = Residuals(spread, count * means.keys, count * means.values, squares)
+    positions = [-1] * residual + [i * departed // context for i in range(context)]
+    return rows, residuals, counts + [1.0] * context, positions
 
 
 def _scores(heads: int, rows: int, filled: int) -> mx.array:
     return mx.where(mx.arange(rows) < filled, mx.random.uniform(shape=(1, heads, rows)), 0.0)
 
 
-def _random_rows(shape: LayerShape, rows: int) -> tuple[mx.array, mx.array]:
+def _random_rows(shape: LayerShape, rows: int) -> Dense:
     sizes = [(1, shape.heads, rows, d) for d in (shape.head_dim, shape.value_dim)]
-    keys, values = (mx.random.normal(s, _dtype(shape)) for s in sizes)
-    return keys, values
+    return Dense(*(mx.random.normal(s, _dtype(shape)) for s in sizes))
 
 
 def _dtype(shape: LayerShape) -> mx.Dtype:
@@ -272,8 +284,3 @@ def _rows_or_fraction(text: str) -> Budget:
     if budget.kind not in ("rows", "fraction"):
         raise ValueError(f"a budget of {text} does not compare caches: give a fraction (0.05) or rows (2048)")
     return budget
-
-
-def _flat(caches: Sequence[Any]) -> Iterator[Any]:
-    for cache in caches:
-        yield from _flat(cache.caches) if hasattr(cache, "caches") else (cache,)

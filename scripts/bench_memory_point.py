@@ -20,14 +20,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from bench_memory_caches import Cache, Made, phase
+from bench_memory_caches import Cache, Made, epoch
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import load
 
-from zm_mlx.budget import LayerShape
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.hook import probe
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.host.probe import probe
+from zm_mlx.state.layout import LayerShape
 
 SYNTHETIC = "synthetic"
 LLAMA2_7B = "llama2-7b-shape"
@@ -94,16 +94,16 @@ def decode(model: nn.Module, shapes: list[LayerShape], cache: Cache, point: dict
     def step() -> tuple[float, bool]:
         """The seconds of a token, and whether it compacted the cache, or grew its buffer."""
         nonlocal token
-        before, begun = phase(first), time.perf_counter()
+        before, begun = epoch(first), time.perf_counter()
         token = model(token, cache=made.caches)[:, -1:].argmax(axis=-1)
         mx.eval(token)
-        return time.perf_counter() - begun, phase(first) != before
+        return time.perf_counter() - begun, epoch(first) != before
 
     for _ in range(WARM_UP):
         step()
     steps = [step() for _ in range(count)]
     held = kv_bytes(made.caches)
-    period = first.layout.staging if isinstance(first, ZeroMergeCache) and first.layout else cache.period
+    period = first.layout.staging if isinstance(first, ZeroMergeCache) else cache.period
     while len(steps) < count + period and not any(is_rare for _, is_rare in steps):
         steps.append(step())
     timed = [seconds for seconds, _ in steps[:count]]

@@ -36,16 +36,18 @@ from typing import Any
 
 import mlx.core as mx
 from bench_memory import environment
-from bench_memory_caches import Cache, phase, stream
+from bench_memory_caches import Cache, epoch, stream
 from bench_memory_point import SYNTHETIC, load_model
 from mlx_lm.models.cache import RotatingKVCache
 from tqdm import tqdm
 
-from zm_mlx.budget import LayerShape
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.generate import ROTATING_KEEP
-from zm_mlx.hook import attention, probe
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.host.caches import ROTATING_KEEP
+from zm_mlx.host.hook import attention
+from zm_mlx.host.probe import probe
+from zm_mlx.policies import Policy
 from zm_mlx.report import size
+from zm_mlx.state.layout import LayerShape
 
 DEFAULT_ROUNDS = 5
 DEFAULT_SEED = 0
@@ -60,16 +62,21 @@ def measure_attention(rounds: int) -> list[Row]:
     found = []
     for dim in (64, 128):
         for rows in (512, 2048, 8192):
-            rotating, ours = RotatingKVCache(rows, keep=ROTATING_KEEP), ZeroMergeCache(rows)
-            shape = LayerShape(HEADS, dim, dim, 4, "float32")
-            stream(ours, shape, 3 * rows)
+            rotating, ours = RotatingKVCache(rows, keep=ROTATING_KEEP), _streamed(rows, dim, 3 * rows)
             rotating.update_and_fetch(*_random(2, rows, dim))
             new = _random(3, 1, dim)
-            mx.eval(rotating.state, ours.state[:-1], new)
+            mx.eval(rotating.state, new)
             steps = [_attention_step(c, new) for c in (rotating, ours)]
             seconds = _pairs(steps, ours, rounds, f"attention D {dim} N {rows}")
             found.append({"head_dim": dim, "rows": rows, **_compared(seconds, "rotating", "zeromerge")})
     return found
+
+
+def _streamed(rows: int, dim: int, tokens: int) -> ZeroMergeCache:
+    """The cache of one layer with N rows per head, after so many tokens."""
+    cache = ZeroMergeCache(Policy().layout(rows, HEADS))
+    stream(cache, LayerShape(HEADS, dim, dim, 4, "float32"), tokens)
+    return cache
 
 
 def _attention_step(cache: Any, new: Sequence[mx.array]) -> Callable[[], None]:
@@ -181,20 +188,18 @@ def _prefill(name: str, length: int, step: int, prefill: Any = "streaming") -> t
 
 def measure_memory(_: int) -> list[Row]:
     """5,000 steps of one layer with 512 rows."""
-    cache = ZeroMergeCache(512)
-    stream(cache, LayerShape(HEADS, 64, 64, 4, "float32"), 4096)
-    new = _random(3, 1, 64)
-    mx.eval(cache.state[:-1], new)
+    cache, new = _streamed(512, 64, 4096), _random(3, 1, 64)
+    mx.eval(new)
     step = _attention_step(cache, new)
-    for _ in range(2 * _staging(cache)):
+    for _ in range(2 * cache.layout.staging):
         step()
     active, beside = [], []
     for _ in tqdm(range(5000), desc="memory", leave=False):
         mx.reset_peak_memory()
-        before, phase_before = mx.get_active_memory(), phase(cache)
+        before, epoch_before = mx.get_active_memory(), epoch(cache)
         step()
         active.append(mx.get_active_memory())
-        if phase(cache) == phase_before:
+        if epoch(cache) == epoch_before:
             beside.append(mx.get_peak_memory() - before)
     return [
         {
@@ -209,14 +214,11 @@ def measure_memory(_: int) -> list[Row]:
 def measure_launches(_: int) -> list[Row]:
     """Operations of a decode step of one layer, without those that only look at an array in another way."""
     found = []
-    caches = {"rotating:512": RotatingKVCache(512, keep=ROTATING_KEEP), "zeromerge:512": ZeroMergeCache(512)}
+    rotating = RotatingKVCache(512, keep=ROTATING_KEEP)
+    rotating.update_and_fetch(*_random(2, 512, 64))
+    caches = {"rotating:512": rotating, "zeromerge:512": _streamed(512, 64, 4096)}
     for name, cache in caches.items():
         new = _random(3, 1, 64)
-        if isinstance(cache, ZeroMergeCache):
-            stream(cache, LayerShape(HEADS, 64, 64, 4, "float32"), 4096)
-            mx.eval(cache.state[:-1], new)
-        else:
-            cache.update_and_fetch(*_random(2, 512, 64))
         for _ in range(2):
             _attention_step(cache, new)()
         out = attention(new[0], *cache.update_and_fetch(*new[1:]), cache, 0.125, None)
@@ -238,10 +240,10 @@ def measure_import(rounds: int) -> list[Row]:
 
 
 def _pairs(
-    steps: Sequence[Callable[[], None]], ours: Any, rounds: int, name: str, first: Any = None
+    steps: Sequence[Callable[[], None]], ours: ZeroMergeCache, rounds: int, name: str, first: Any = None
 ) -> list[list[float]]:
     """Seconds of a step of each, for each round; a round takes two compactions of the last one (``ours``)."""
-    period = _staging(ours)
+    period = ours.layout.staging
     for step in steps:
         step()
     found = []
@@ -251,11 +253,11 @@ def _pairs(
         for _ in range(2 * period):
             for i, step in enumerate(steps):
                 cache = ours if i == len(steps) - 1 else first
-                before = phase(cache) if cache else 0
+                before = epoch(cache) if cache else 0
                 begun = time.perf_counter()
                 step()
                 seconds = time.perf_counter() - begun
-                (rare if cache and phase(cache) != before else plain)[i].append(seconds)
+                (rare if cache and epoch(cache) != before else plain)[i].append(seconds)
         usual = [statistics.median(p) for p in plain]
         share = [(statistics.median(r) - u) / period if r else 0.0 for r, u in zip(rare, usual, strict=True)]
         found.append([u + s for u, s in zip(usual, share, strict=True)])
@@ -272,11 +274,6 @@ def _compared(seconds: list[list[float]], other: str, ours: str) -> Row:
 def _spread(values: Sequence[float]) -> list[float]:
     """Median, smallest and largest."""
     return [round(x, 3) for x in (statistics.median(values), min(values), max(values))]
-
-
-def _staging(cache: ZeroMergeCache) -> int:
-    assert cache.layout is not None
-    return cache.layout.staging
 
 
 def _random(count: int, rows: int, dim: int) -> list[mx.array]:

@@ -14,7 +14,6 @@ shown apart), merge 1.2, compact 1.2 while decoding, score 1.5 of one read of th
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import metal_host
 
-from zm_mlx.kernels import check
-from zm_mlx.kernels._common import TILE, kernel
-from zm_mlx.layout import Layout
-from zm_mlx.policy import Policy
+from zm_mlx.ops import check
+from zm_mlx.ops.kernels._common import TILE, kernel
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import Layout
+from zm_mlx.state.state import Call
 
 QUERY_TILE = 32
 CHUNK = 64  # queries of the prefill kernels; heads are cut to CHUNK_HEADS there, bytes grow with them
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.rows, self.heads)
+        return Policy().layout(self.rows, self.heads)
 
 
 SHAPES = (
@@ -100,27 +100,22 @@ def line(name: str, shape: Shape, launches: list[Any], least: int, scratch: int 
     )
 
 
-def traced(call: Callable[..., Any], arguments: list[Any], how: dict[str, Any]) -> list[Any]:
-    mx.eval(arguments)
+def traced(name: str, shape: Shape, length: int = 1) -> list[Any]:
+    """The launches of a kernel over full stores, for queries of ``length`` new tokens."""
+    case = check.Case(mx.float16, shape.dim, shape.dim, shape.groups, heads=shape.heads, batch=1)
+    layout = shape.layout
+    state = check.random_state(case, layout, mx.random.key(0))._replace(filled=layout.recent)
+    queries = mx.random.normal((1, shape.heads * shape.groups, length, shape.dim)).astype(mx.float16)
+    given = check.Problem(Call(queries, shape.dim**-0.5), state, layout, Policy(), state.scores)
+    mx.eval(queries, state)
     with metal_host.options(trace=True), metal_host.record() as launches:
-        mx.eval(call(*arguments, **how))
+        mx.eval(check.results(name, check.kernel_of(name), given))
     assert all(not x.copied for x in launches), "a launch copies a store"
     return list(launches)
 
 
-def arguments(shape: Shape, length: int) -> tuple[list[Any], dict[str, Any]]:
-    """Full stores, and queries of ``length`` new tokens."""
-    case = check.Case(mx.float16, shape.dim, shape.dim, shape.groups, heads=shape.heads, batch=1)
-    layout = shape.layout
-    kept, recent = check.stores(case, layout, mx.random.key(0))
-    queries = mx.random.normal((1, shape.heads * shape.groups, length, shape.dim)).astype(mx.float16)
-    how = {"left": 2 * layout.starts[-1], "live": layout.recent, "layout": layout, "policy": Policy()}
-    return [queries, kept, recent], how | {"scale": shape.dim**-0.5}
-
-
 def attend(shape: Shape) -> Line:
-    given, how = arguments(shape, 1)
-    launches = traced(check.kernel_of("attend"), given, how)
+    launches = traced("attend", shape)
     rows, tiles = shape.heads * shape.rows, -(-shape.groups // TILE)
     weights = shape.layout.starts[-1] * 4
     own = 2 * 2 * shape.heads * shape.groups * shape.dim  # queries and output
@@ -130,26 +125,22 @@ def attend(shape: Shape) -> Line:
 
 
 def attend_chunk(shape: Shape) -> Line:
-    given, how = arguments(shape, CHUNK)
-    launches = [x for x in traced(check.kernel_of("attend_chunk"), given, how) if x.name != "zm_score"]
+    launches = [x for x in traced("attend_chunk", shape, CHUNK) if x.name != "zm_score"]
     tiles = -(-shape.groups * CHUNK // QUERY_TILE)
-    least = tiles * shape.heads * shape.rows * 4 * shape.dim + 2 * given[0].nbytes
+    own = 2 * shape.heads * shape.groups * CHUNK * shape.dim  # queries
+    least = tiles * shape.heads * shape.rows * 4 * shape.dim + 2 * own
     return line("attend_chunk", shape, launches, least)
 
 
 def score(shape: Shape) -> Line:
-    given, how = arguments(shape, CHUNK)
-    launches = [x for x in traced(check.kernel_of("score"), given, how | {"tokens": CHUNK}) if x.name == "zm_score"]
+    launches = [x for x in traced("score", shape, CHUNK) if x.name == "zm_score"]
     tiles = -(-shape.groups * CHUNK // QUERY_TILE)
     return line("score", shape, launches, tiles * shape.heads * shape.rows * 2 * shape.dim)
 
 
 def compaction(shape: Shape) -> list[Line]:
     """A compaction while decoding: staging is full, its tokens and the context are the pool."""
-    (_, kept, recent), how = arguments(shape, 1)
-    layout = shape.layout
-    how = {k: how[k] for k in ("left", "layout", "policy")} | {"leaving": layout.staging}
-    launches = traced(check.kernel_of("compact"), [kept, recent], how)
+    layout, launches = shape.layout, traced("compact", shape)
     row, heads = 4 * shape.dim, shape.heads
     # Of each residual row: float32 sums in and out, the key in, key and value out.
     sums = heads * layout.residual * (16 + 2 + 4) * shape.dim

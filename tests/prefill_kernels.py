@@ -8,25 +8,27 @@ from random import Random
 import metal_host
 import mlx.core as mx
 import numpy as np
-from test_compress import queries_of, stores
+from states import Given, random_queries, random_state
 from tiny import TOLERANCE, f64
 
-from zm_mlx import compress
-from zm_mlx.kernels import _common
-from zm_mlx.kernels.attend_chunk import attend_chunk
-from zm_mlx.kernels.score import score
-from zm_mlx.layout import Layout
-from zm_mlx.policy import Policy
+from zm_mlx.ops.kernels import _common
+from zm_mlx.ops.kernels.attend_chunk import attend_chunk
+from zm_mlx.ops.kernels.score import score
+from zm_mlx.ops.plain import attention
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import Layout
+from zm_mlx.state.rows import Dense
+from zm_mlx.state.state import Call
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 128), (128, 80))
 GROUPS = (1, 2, 3, 5, 7, 8, 16, 71)
 RAGGED = Layout(4, (61, 9, 0), 20, 9)  # one head has (nearly) everything, one its floor
-SHAPES = {  # layout, left, live, L
+SHAPES = {  # layout, departed, filled, L
     "ragged": (RAGGED, 400, 27, 9),
     "partly filled": (RAGGED, 33, 29, 8),  # the largest head has room, the others have merged
     "nothing kept": (Layout(4, (9, 9), 40, 5), 0, 41, 13),
-    "one live row": (Layout(2, (3,), 1, 1), 0, 1, 1),
+    "one row": (Layout(2, (3,), 1, 1), 0, 1, 1),
     "one row beside kept ones": (Layout(4, (29, 4), 3, 2), 90, 1, 1),
     "no residual rows": (Layout(0, (32, 7), 8, 8), 90, 16, 3),
     "no kept rows": (Layout(0, (0, 0), 8, 9), 90, 17, 7),
@@ -56,13 +58,13 @@ def covering(cases=EVERY, seed=0):
     def pairs(case):
         return set(combinations(enumerate((case.dtype, case.dims, case.group, case.shape)), 2))
 
-    left = set().union(*map(pairs, cases))
+    missing = set().union(*map(pairs, cases))
     chance, chosen = Random(seed), []
-    while left:
-        best = max(chance.sample(cases, min(200, len(cases))), key=lambda c: len(pairs(c) & left))
-        if pairs(best) & left:
+    while missing:
+        best = max(chance.sample(cases, min(200, len(cases))), key=lambda c: len(pairs(c) & missing))
+        if pairs(best) & missing:
             chosen.append(best)
-            left -= pairs(best)
+            missing -= pairs(best)
     return chosen
 
 
@@ -76,36 +78,34 @@ def executor(seed=0, trace=False):
 
 
 def problem(case, *, shape=None, batch=1, seed=0, empty=(1,), policy=None, sinks=False):
-    """Queries, kept and recent store, and the other arguments of ``compress.attend``; ``shape`` as in SHAPES."""
-    layout, left, live, length = shape or SHAPES[case.shape]
+    """The arguments of ``attend_chunk``; ``shape`` as in SHAPES."""
+    layout, departed, filled, length = shape or SHAPES[case.shape]
     dim, value_dim = case.dims
     empty = empty if layout.residual > 1 else ()
-    how = {"batch": batch, "dim": dim, "value_dim": value_dim, "dtype": case.dtype, "seed": seed, "empty": empty}
-    kept, recent = poisoned(*stores(layout, left=left, live=live, **how), layout, left, live)
-    queries = queries_of(layout, length, case.group, dim, case.dtype, batch=batch, seed=seed + 1)
+    more = {"batch": batch, "dim": dim, "value_dim": value_dim, "dtype": case.dtype, "seed": seed, "empty": empty}
+    state = poisoned(random_state(layout, departed=departed, filled=filled, **more), layout)
+    queries = random_queries(layout, length, case.group, dim, case.dtype, batch=batch, seed=seed + 1)
     sink = mx.array(np.random.default_rng(seed).standard_normal(queries.shape[1]) * 3).astype(case.dtype)
-    return (queries, kept, recent), {
-        "left": left,
-        "live": live,
-        "layout": layout,
-        "policy": policy or Policy(),
-        "scale": 0.5 / dim**0.5,
-        "sinks": sink if sinks else None,
-    }
+    return Given(Call(queries, 0.5 / dim**0.5, sink if sinks else None), state, layout, policy or Policy())
 
 
-def poisoned(kept, recent, layout, left, live):
-    """NaN in the keys and values of all rows that do not live."""
-    dead = np.zeros(kept.weight.shape[1], bool)
+def poisoned(state, layout):
+    """NaN in the keys and values of all rows that are not filled."""
+    beyond = np.zeros(state.kept.weight.shape[1], bool)
     for begin, end in pairwise(layout.starts):
-        dead[begin + left : end] = True
-    past = np.arange(recent.keys.shape[2]) >= live
+        beyond[begin + state.departed : end] = True
+    past = np.arange(state.recent_rows) >= state.filled
 
-    def filled(x, rows):
-        return mx.where(mx.array(rows)[:, None], mx.array(mx.nan, x.dtype), x)
+    def nowhere(rows, places):
+        return Dense(*(mx.where(mx.array(places)[:, None], mx.array(mx.nan, x.dtype), x) for x in rows))
 
-    kept = kept._replace(keys=filled(kept.keys, dead), values=filled(kept.values, dead))
-    return kept, recent._replace(keys=filled(recent.keys, past), values=filled(recent.values, past))
+    kept = state.kept._replace(rows=nowhere(state.kept.rows, beyond))
+    return state._replace(kept=kept, recent=nowhere(state.recent, past))
+
+
+def flat(results):
+    """Output and scores, or scores alone, as a list of arrays."""
+    return [y for x in results for y in ([x] if isinstance(x, mx.array) else x)]
 
 
 def same(found, expected, dtype):
@@ -118,23 +118,22 @@ def same(found, expected, dtype):
         np.testing.assert_allclose(f64(a), f64(b), **error, err_msg=f"result {i} of {len(found)}")
 
 
-def check_attend(arrays, how, seeds=SEEDS, trace=False):
+def check_attend(given, seeds=SEEDS, trace=False):
     """``attend_chunk`` equals its twin, bit for bit the same whatever the schedule; the launches of the last run."""
-    return _check(lambda: attend_chunk(*arrays, **how), compress.attend(*arrays, **how), arrays, seeds, trace)
+    return _check(attend_chunk, attention.attend, given, seeds, trace)
 
 
-def check_score(arrays, how, tokens, seeds=SEEDS, trace=False):
+def check_score(given, seeds=SEEDS, trace=False):
     """``score`` equals its twin."""
-    expected = compress.score(*arrays, tokens=tokens, **how)
-    return _check(lambda: score(*arrays, tokens=tokens, **how), expected, arrays, seeds, trace)
+    return _check(score, attention.score, given, seeds, trace)
 
 
-def _check(run, expected, arrays, seeds, trace):
-    first = None
+def _check(kernel, plain, given, seeds, trace):
+    expected, first = flat(plain(*given)), None
     for seed in seeds:
         with executor(seed, trace) as launches:
-            found = run()
-        same(found, expected, arrays[0].dtype)
+            found = flat(kernel(*given))
+        same(found, expected, given.call.queries.dtype)
         first = first or found
         assert all(mx.array_equal(a, b) for a, b in zip(first, found, strict=True)), "depends on the schedule"
         for launch in launches:

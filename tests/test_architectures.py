@@ -7,7 +7,7 @@ import pytest
 from architectures import CONFIGS, SLIDING, VOCAB, WINDOW, build
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
-from tiny import feed, prompt
+from tiny import feed, held, prompt
 
 import zm_mlx
 
@@ -53,9 +53,9 @@ def test_past_the_budget_rows_are_capped_and_logits_finite_but_not_the_full_ones
     for c in ours:
         assert c.offset == length + STEPS
         for head in range(c.layout.heads):
-            held = c.held(head)
-            assert len(held.weight) <= rows
-            assert held.weight.sum().item() == length + STEPS
+            found = held(c, head)
+            assert len(found.weight) <= rows
+            assert found.weight.sum().item() == length + STEPS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,12 +16,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from bench_memory_caches import Cache, has_veloxquant, phase, stream
+from bench_memory_caches import Cache, epoch, has_veloxquant, stream
 
-from zm_mlx.budget import LayerShape
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.generate import DEFAULT_MODEL
-from zm_mlx.hook import probe
+from zm_mlx.flags import DEFAULT_MODEL
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.host.probe import probe
+from zm_mlx.state.layout import LayerShape
 
 SCRIPTS = Path(bench_memory.__file__).parent
 SHAPE = LayerShape(2, 32, 32, 4, "mlx.core.float32")
@@ -58,58 +58,52 @@ def test_prediction_of_a_prefill_covers_what_is_held_at_its_end(name):
 
 def streamed(rows: int, tokens: int) -> ZeroMergeCache:
     """A cache that really saw the tokens."""
-    cache = ZeroMergeCache(rows)
+    cache = tiny.cache(rows, SHAPE.heads)
     tiny.give(cache, *tiny.tokens(0, tokens, dim=SHAPE.head_dim))
     return cache
 
 
 def raw(cache: ZeroMergeCache, head: int) -> list[int]:
-    return [p for p in cache.held(head).position.tolist() if p >= 0]
+    return [p for p in tiny.held(cache, head).position.tolist() if p >= 0]
 
 
 @pytest.mark.parametrize("rows", [16, 64, 100])
 @pytest.mark.parametrize("tokens", [1, 3, 40, 63, 64, 65, 71, 72, 73, 150, 211])
 def test_filled_cache_is_in_the_state_that_streaming_leaves(rows, tokens):
-    real, made = streamed(rows, tokens), ZeroMergeCache(rows)
+    real, made = streamed(rows, tokens), tiny.cache(rows, SHAPE.heads)
     stream(made, SHAPE, tokens)
-    assert (made.nbytes, made.left, made.live, made.staged, made.layout) == (
-        real.nbytes,
-        real.left,
-        real.live,
-        real.staged,
-        real.layout,
-    )
-    assert [None if x is None else (x.shape, x.dtype) for x in made.state[:-1]] == [
-        None if x is None else (x.shape, x.dtype) for x in real.state[:-1]
-    ]
+    assert made.state[-1] == real.state[-1]  # layout, policy, prompt and clocks
+    assert [(x.shape, x.dtype) for x in made.layer.arrays()] == [(x.shape, x.dtype) for x in real.layer.arrays()]
+    assert made.nbytes == real.nbytes
     for head in range(SHAPE.heads):
-        a, b = made.held(head), real.held(head)
+        a, b = tiny.held(made, head), tiny.held(real, head)
         assert a.weight.sum().item() == b.weight.sum().item() == tokens
         assert len(raw(made, head)) == len(raw(real, head))
         assert raw(made, head) == sorted(set(raw(made, head))) and raw(made, head)[-1] == tokens - 1
         if len(raw(real, head)) == tokens:
             assert a.position.tolist() == b.position.tolist()
-    sums = made.kept.key_sum[0] / mx.maximum(made.kept.weight[0].reshape(2, -1)[:, :4, None], 1)
-    if made.left > made.kept.keys.shape[1] // 2:
-        residual = made.kept.keys[0].reshape(2, -1, SHAPE.head_dim)[:, :4]
-        np.testing.assert_allclose(tiny.f64(sums), tiny.f64(residual), atol=1e-6)
+    (group,) = made.layout.groups
+    if made.layer.departed > group.rows:
+        residual, sums = made.layer.kept.of(group).first(made.layout.residual), made.layer.residuals
+        means = sums.key_sum / mx.maximum(residual.weight[..., None], 1)
+        np.testing.assert_allclose(tiny.f64(means), tiny.f64(residual.rows.keys), atol=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(64, 20), (64, 64), (64, 1000), (16, 333)])
 def test_decoding_goes_on_from_a_filled_cache_over_several_compactions(rows, tokens):
-    cache = ZeroMergeCache(rows)
+    cache = tiny.cache(rows, SHAPE.heads)
     stream(cache, SHAPE, tokens)
-    bytes_before, compactions, before = cache.nbytes, 0, phase(cache)
+    bytes_before, compactions, before = cache.nbytes, 0, epoch(cache)
     more = 3 * cache.layout.staging + rows
     q, k, v = tiny.tokens(1, more, dim=SHAPE.head_dim)
     for i in range(more):
         out = tiny.give(cache, q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1])
         assert mx.isfinite(out).all().item()
-        compactions, before = compactions + (phase(cache) != before), phase(cache)
+        compactions, before = compactions + (epoch(cache) != before), epoch(cache)
         assert cache.offset == tokens + i + 1
     assert compactions >= 3 and cache.nbytes == bytes_before
     for head in range(SHAPE.heads):
-        assert cache.held(head).weight.sum().item() == tokens + more
+        assert tiny.held(cache, head).weight.sum().item() == tokens + more
         assert raw(cache, head) == sorted(set(raw(cache, head)))
 
 

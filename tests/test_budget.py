@@ -1,13 +1,16 @@
 """Budgets: every form, floors, errors that name what works, bytes never exceeded."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zm_mlx.budget import FRACTION_FLOOR, Budget, LayerShape, layout, resolve, smallest
-from zm_mlx.policy import Policy
+from zm_mlx import budget as budgets
+from zm_mlx.budget import FRACTION_FLOOR, Budget, Request
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import LayerShape
 
 SHAPES = [LayerShape(8, 128, 128, 2)] * 4
 MIXED = [LayerShape(8, 128, 128, 2), LayerShape(2, 64, 96, 2)]
@@ -17,7 +20,19 @@ DEFAULTS = Policy()
 
 
 def total(rows, shapes=SHAPES, policy=DEFAULTS):
-    return sum(layout(rows, s, policy).nbytes(s.head_dim, s.value_dim, s.itemsize) for s in shapes)
+    return sum(policy.layout(rows, s.heads).nbytes(s) for s in shapes)
+
+
+class Found(NamedTuple):
+    rows: int
+    reason: str
+
+
+def resolve(budget, shapes, policy, **request):
+    """Rows per head, which are the same in all layers."""
+    layouts, reason = vars(budgets.resolve(budget, shapes, policy, Request(**request))).values()
+    (rows,) = {n for layout in layouts for n in layout.rows}
+    return Found(rows, reason)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +150,7 @@ def test_a_fraction_without_a_prompt_raises_and_names_the_argument():
 )
 def test_bytes_are_never_exceeded_and_never_wasted(given, shapes, policy, other):
     budget = Budget("bytes", given)
-    if given < total(smallest(policy), shapes, policy) + other:
+    if given < total(policy.smallest, shapes, policy) + other:
         with pytest.raises(ValueError, match="smallest that works"):
             resolve(budget, shapes, policy, other_bytes=other)
         return
@@ -155,7 +170,7 @@ def test_too_few_bytes_raise_and_name_a_number_that_works():
 @pytest.mark.parametrize("residual", [0, 1, 4, 13, 14, 16, 32, 64])
 def test_the_smallest_rows_work_for_any_number_of_residual_rows(residual):
     policy = Policy(residual=residual)
-    layout(smallest(policy), SHAPES[0], policy)
+    policy.layout(policy.smallest, SHAPES[0].heads)
     assert resolve(Budget.parse("1GB"), SHAPES, policy).rows > 64
 
 
@@ -174,12 +189,12 @@ def test_auto_is_the_least_of_memory_request_and_context():
 def test_auto_keeps_all_of_a_request_that_fits_and_allocates_no_more():
     for tokens in (1, 2, 7, 255, 256, 5000):
         found = resolve(Budget.parse("auto"), SHAPES, Policy(), prompt_tokens=tokens, new_tokens=3, free_bytes=10**12)
-        assert found.rows == max(tokens + 3, smallest(Policy()))
+        assert found.rows == max(tokens + 3, Policy().smallest)
 
 
 def test_auto_with_no_memory_at_all_still_gives_rows_that_work():
     found = resolve(Budget.parse("auto"), SHAPES, Policy(), prompt_tokens=10**5, free_bytes=0)
-    assert found.rows == smallest(Policy())
+    assert found.rows == Policy().smallest
 
 
 def test_auto_with_one_limit_alone_uses_it():

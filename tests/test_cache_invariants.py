@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import tiny
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import assert_equals_twin, assert_same_state, f64, give, tokens, twin_of
+from tiny import assert_equals_twin, assert_same_state, f64, give, held, tokens, twin_of
 
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.policy import Policy
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import LayerShape
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 TOO_CLOSE = 1e-4  # decisions nearer than this may differ between float32 and float64
@@ -32,7 +33,7 @@ class Case:
         return tokens(self.seed, self.length, batch=self.batch, heads=self.heads, groups=self.groups, value_dim=6)
 
     def cache(self, **more):
-        return ZeroMergeCache(self.rows, policy=self.policy, **more)
+        return tiny.cache(self.rows, self.heads, policy=self.policy, **more)
 
     @property
     def table(self):
@@ -114,7 +115,7 @@ def test_weights_sum_to_the_tokens_seen_after_every_call(case, exact):
         give(cache, q[:, :, seen:end], k[:, :, seen:end], v[:, :, seen:end])
         seen = end
         for b in range(case.batch):
-            assert [cache.held(h, b).weight.sum().item() for h in range(case.heads)] == [seen] * case.heads
+            assert [held(cache, h, b).weight.sum().item() for h in range(case.heads)] == [seen] * case.heads
 
 
 @few
@@ -130,15 +131,15 @@ def test_rows_never_exceed_the_budget_after_any_call_and_offset_is_the_tokens_se
         give(cache, q[:, :, seen:end], k[:, :, seen:end], v[:, :, seen:end])
         seen = end
         assert cache.offset == seen
-        held = [len(cache.held(h).weight) for h in range(case.heads)]
-        assert all(n <= most for n, most in zip(held, case.table, strict=True))
-        assert cache.size() == max(held)
+        filled = [len(held(cache, h).weight) for h in range(case.heads)]
+        assert all(n <= most for n, most in zip(filled, case.table, strict=True))
+        assert cache.size() == max(filled)
         if seen >= max(case.table):
-            assert min(h - n for h, n in zip(held, case.table, strict=True)) >= -case.policy.staging
+            assert min(h - n for h, n in zip(filled, case.table, strict=True)) >= -case.policy.staging
         assert nbytes in (None, cache.nbytes), "the arrays grew"
         nbytes = cache.nbytes
-    assert nbytes == cache.layout.nbytes(8, 6, 4, case.batch)
-    recent = cache.recent.keys.shape[2]
+    assert nbytes == cache.layout.nbytes(LayerShape(case.heads, 8, 6, 4), case.batch)
+    recent = cache.layer.recent_rows
     per_head = np.diff(cache.layout.starts)
     assert [int(per_head[cache.layout.order.index(h)]) + recent for h in range(case.heads)] == case.table
 
@@ -152,20 +153,20 @@ def test_the_newest_tokens_are_bit_equal_to_what_arrived(case):
     newest = cache.layout.proximity
     for b in range(case.batch):
         for h in range(case.heads):
-            held = cache.held(h, b)
-            assert held.position.tolist()[-newest:] == list(range(case.length - newest, case.length))
-            raw = [(i, p) for i, p in enumerate(held.position.tolist()) if p >= 0]
+            rows = held(cache, h, b)
+            assert rows.position.tolist()[-newest:] == list(range(case.length - newest, case.length))
+            raw = [(i, p) for i, p in enumerate(rows.position.tolist()) if p >= 0]
             assert [p for _, p in raw] == sorted({p for _, p in raw})
             for i, p in raw:
-                assert held.weight[i].item() == 1
-                assert mx.array_equal(held.keys[i], k[b, h, p]) and mx.array_equal(held.values[i], v[b, h, p])
+                assert rows.weight[i].item() == 1
+                assert mx.array_equal(rows.keys[i], k[b, h, p]) and mx.array_equal(rows.values[i], v[b, h, p])
 
 
 @few
 @given(cases(uniform=True))
 def test_a_uniform_table_equals_the_uniform_number(case):
     q, k, v = case.tokens()
-    a, b = case.cache(), ZeroMergeCache([case.rows] * case.heads, policy=case.policy)
+    a, b = case.cache(), tiny.cache([case.rows] * case.heads, case.heads, policy=case.policy)
     out = give(a, q, k, v, case.sizes), give(b, q, k, v, case.sizes)
     assert mx.array_equal(*out)
     for x, y in zip(a.state[:-1], b.state[:-1], strict=True):
@@ -233,9 +234,9 @@ def test_nothing_is_merged_below_the_budget_and_rows_stay_in_order(case, exact):
     seen = part[0].shape[2]
     for b in range(case.batch):
         for h in range(case.heads):
-            held = cache.held(h, b)
-            assert held.position.tolist() == list(range(seen)) and held.weight.tolist() == [1] * seen
-            assert mx.array_equal(held.keys, part[1][b, h]) and mx.array_equal(held.values, part[2][b, h])
+            rows = held(cache, h, b)
+            assert rows.position.tolist() == list(range(seen)) and rows.weight.tolist() == [1] * seen
+            assert mx.array_equal(rows.keys, part[1][b, h]) and mx.array_equal(rows.values, part[2][b, h])
     keys, values = part[1:]
     full = mx.fast.scaled_dot_product_attention(part[0], keys, values, scale=8**-0.5, mask="causal")
     np.testing.assert_allclose(f64(out), f64(full), atol=2e-5)
@@ -250,7 +251,7 @@ def test_no_residual_rows_is_plain_eviction(case):
     give(cache, q, k, v, case.sizes)
     for b in range(case.batch):
         for h in range(case.heads):
-            held = cache.held(h, b)
-            assert set(held.weight.tolist()) <= {1.0} and min(held.position.tolist()) >= 0
-            assert mx.array_equal(held.keys, k[b, h, held.position])
-    assert cache.kept.key_sum.size == cache.kept.spread.size == 0
+            rows = held(cache, h, b)
+            assert set(rows.weight.tolist()) <= {1.0} and min(rows.position.tolist()) >= 0
+            assert mx.array_equal(rows.keys, k[b, h, rows.position])
+    assert cache.layer.residuals.key_sum.size == cache.layer.residuals.spread.size == 0

@@ -12,10 +12,11 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import load_tokenizer
 from test_generate import Interrupting
 
-from zm_mlx import cache_prompt, generate, saved
+from zm_mlx import cache_prompt, generate
 from zm_mlx.flags import DEFAULT_MODEL
+from zm_mlx.host import saved
 
-TEXT = (Path(__file__).parent.parent / "zm_mlx" / "layout.py").read_text()
+TEXT = (Path(__file__).parent.parent / "zm_mlx" / "state" / "layout.py").read_text()
 OPENING, REST = TEXT[:900].rpartition("\n")[0] + "\n", "def f("
 
 
@@ -65,7 +66,7 @@ def test_a_fraction_is_one_of_the_saved_prompt(capsys, file, opening):
     tokens = len(load_tokenizer(DEFAULT_MODEL).encode(OPENING))
     caches, _ = saved.read(file)
     assert code == 0 and f"Seen: {tokens} tokens, compressed" in out
-    assert {(c.offset, c.table) for c in caches} == {(tokens, -(-tokens // 2))}
+    assert {(c.offset, c.layout.capacity) for c in caches} == {(tokens, -(-tokens // 2))}
 
 
 def test_a_chat_goes_on_after_its_opening(capsys, tmp_path, file):

@@ -1,21 +1,24 @@
-"""zm_mlx/decode.py: steps that are recorded once and replayed against the plain ops of any number of queries."""
+"""zm_mlx/ops/plain/decode.py: recorded and replayed steps against the plain ops of any number of queries."""
 
 import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 
-from zm_mlx import Policy, ZeroMergeCache, compress, decode
+from zm_mlx.ops.plain import attention, decode
+from zm_mlx.policies import Policy
+from zm_mlx.state.state import Call
 
 PUBLISHED = Policy(kappa=0, pool=1, alpha=0.6)
 POLICIES = [Policy(), PUBLISHED, Policy(alpha=0, kappa=0), Policy(residual=0), Policy(residual=1, decay=1)]
 
 
-def fed(table, policy, tokens, groups, *, dim=16, value_dim=8):
+def fed(rows, policy, tokens, groups, *, dim=16, value_dim=8):
     """A cache that streamed random tokens, and queries for one more."""
     mx.random.seed(tokens)
-    cache = ZeroMergeCache(table, policy=policy)
+    cache = tiny.cache(rows, 4, policy)
     new = [mx.random.normal((2, h, tokens, d)) for h, d in ((4 * groups, dim), (4, dim), (4, value_dim))]
     keys, values = cache.update_and_fetch(*new[1:])
     mx.eval(cache.attend(new[0], keys, values, 0.25))
@@ -23,18 +26,19 @@ def fed(table, policy, tokens, groups, *, dim=16, value_dim=8):
 
 
 def both(cache, queries, sinks=None, scale=0.25):
-    how = {"left": cache.left, "layout": cache.layout, "policy": cache.policy, "scale": scale, "sinks": sinks}
-    step = decode.bind(cache.kept, **how)
-    mine = step(queries, cache.kept.score, cache.recent, cache.live)
-    return mine, compress.attend(queries, cache.kept, cache.recent, live=cache.live, **how)
+    """Output and scores of a replayed step, and of the plain ops."""
+    given = (Call(queries, scale, sinks), cache.layer, cache.layout, cache.policy)
+    out, scores = decode.bind(*given)(queries, cache.layer)
+    expected, expected_scores = attention.attend(*given)
+    return (out, *scores), (expected, *expected_scores)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("table", [256, (256, 96, 160, 96)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("rows", [256, (256, 96, 160, 96)], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("tokens", [1, 5, 90, 150, 200, 333, 500], ids=lambda n: f"{n} tokens")
-def test_a_replayed_step_equals_the_plain_ops(table, policy, groups, tokens):
-    cache, queries = fed(table, policy, tokens, groups)
+def test_a_replayed_step_equals_the_plain_ops(rows, policy, groups, tokens):
+    cache, queries = fed(rows, policy, tokens, groups)
     for sinks in (None, mx.random.normal((4 * groups,)) * 2):
         for name, x, y in zip(("output", "kept", "recent"), *both(cache, queries, sinks), strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype, name
@@ -46,8 +50,8 @@ def test_rows_that_are_not_filled_yet_are_invisible(tokens):
     """Between two compactions a step reads up to an eighth of the staging rows too many."""
     cache, queries = fed(256, Policy(), tokens, 1)
     assert cache.layout.staging // 8 == 4
-    rows = [x.at[:, :, cache.live :].add(50.0) for x in cache.recent[:2]]
-    cache.recent = cache.recent._replace(keys=rows[0], values=rows[1])
+    filled = cache.layer.filled
+    cache.layer = cache.layer._replace(recent=cache.layer.recent.map(lambda x: x.at[:, :, filled:].add(50.0)))
     for x, y in zip(*both(cache, queries), strict=True):
         np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
 
@@ -55,9 +59,11 @@ def test_rows_that_are_not_filled_yet_are_invisible(tokens):
 def test_kept_rows_that_are_not_filled_yet_are_invisible():
     cache, queries = fed(256, Policy(), 150, 1)
     full = cache.layout.groups[0].rows
-    assert 0 < cache.left < full and cache.left % (full // 8)
-    empty = mx.arange(cache.kept.keys.shape[1]) % full >= cache.left
-    cache.kept = cache.kept._replace(keys=mx.where(empty[:, None], 50.0, cache.kept.keys))
+    departed, kept = cache.layer.departed, cache.layer.kept
+    assert 0 < departed < full and departed % (full // 8)
+    empty = mx.arange(kept.weight.shape[1]) % full >= departed
+    rows = kept.rows._replace(keys=mx.where(empty[:, None], 50.0, kept.rows.keys))
+    cache.layer = cache.layer._replace(kept=kept._replace(rows=rows))
     for x, y in zip(*both(cache, queries), strict=True):
         np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5, rtol=1e-4)
 
@@ -65,7 +71,7 @@ def test_kept_rows_that_are_not_filled_yet_are_invisible():
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
 def test_scores_do_not_pile_up_as_graph_between_compactions(dtype):
     """Decode evaluates only the output of a step."""
-    cache = ZeroMergeCache(512)
+    cache = tiny.cache(512)
     new = [mx.random.normal((1, 2, 520, 64)).astype(dtype) for _ in range(3)]
     mx.eval(cache.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125))
     active = []
@@ -73,7 +79,7 @@ def test_scores_do_not_pile_up_as_graph_between_compactions(dtype):
         keys, values = cache.update_and_fetch(*(x[:, :, :1] for x in new[1:]))
         mx.eval(cache.attend(new[0][:, :, :1], keys, values, 0.125))
         active.append(mx.get_active_memory())
-    assert cache.staged > 50, "a compaction evaluates everything"
+    assert cache.layer.since_compaction > 50, "a compaction evaluates everything"
     assert max(active[5:]) - min(active[5:]) < cache.nbytes / 50
 
 

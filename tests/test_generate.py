@@ -16,13 +16,14 @@ from commands import document
 from mlx_lm.utils import _get_classes
 
 import zm_mlx
-from zm_mlx import caches, generate
-from zm_mlx.caches import Wish
+from zm_mlx import generate
 from zm_mlx.errors import UserError
 from zm_mlx.generate import DEFAULT_MODEL, main, mlx_lm_generate
+from zm_mlx.host import caches
+from zm_mlx.host.caches import Wish
 from zm_mlx.report import first_difference
 
-TEXT = (Path(__file__).parent.parent / "zm_mlx" / "layout.py").read_text()
+TEXT = (Path(__file__).parent.parent / "zm_mlx" / "state" / "layout.py").read_text()
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from conftest import gpu_runs_kernels
 
-from zm_mlx.kernels import check
-from zm_mlx.kernels._common import DTYPES, HEAD_DIMS
+from zm_mlx.ops import check
+from zm_mlx.ops.kernels._common import DTYPES, HEAD_DIMS
 
 if not gpu_runs_kernels():
     pytest.skip("no Metal GPU that runs custom kernels", allow_module_level=True)

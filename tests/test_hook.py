@@ -13,16 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
+import tiny
 from architectures import REFUSED, VOCAB, build
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from packaging.requirements import Requirement
-from tiny import feed, greedy, model, prompt
+from tiny import feed, greedy, held, model, prompt
 
 import zm_mlx
-from zm_mlx import UnsupportedModelError, hook
+from zm_mlx import UnsupportedModelError
+from zm_mlx.host import hook, probe
 
 REPOSITORY = Path(__file__).parent.parent
 WINDOW = 8  # wider than the probe's longest call
@@ -246,7 +248,7 @@ def test_modules_imported_before_zm_mlx_are_hooked_too(tmp_path):
         "from mlx_lm.models import llama\n"
         "assert 'zm_mlx' not in sys.modules\n"
         "import mlx.core as mx, tiny, zm_mlx\n"
-        "assert llama.scaled_dot_product_attention is zm_mlx.hook.attention\n"
+        "assert llama.scaled_dot_product_attention is zm_mlx.host.hook.attention\n"
         "model = tiny.model(kv_heads=4)\n"
         "zm_mlx.make_prompt_cache(model, 64)\n"
         "model.model.layers[0].self_attn.__class__ = elsewhere.Attention\n"
@@ -278,7 +280,7 @@ def test_host_attention_has_the_signature_that_the_hook_takes():
     no = inspect.Parameter.empty
     names = ["queries", "keys", "values", "cache", "scale", "mask"]
     assert parameters == [*((n, no) for n in names), ("sinks", None)], (
-        "the signature of mlx_lm.models.base.scaled_dot_product_attention changed: zm_mlx.hook.attention must follow"
+        "the signature of mlx_lm.models.base.scaled_dot_product_attention changed: host.hook.attention must follow"
     )
     ours = [(p.name, p.default) for p in inspect.signature(hook.attention).parameters.values()]
     assert ours == parameters
@@ -288,7 +290,7 @@ def test_host_caches_have_the_members_that_ours_has():
     def members(made):
         return {name for name in dir(made) if not name.startswith("_")}
 
-    ours, theirs = members(zm_mlx.ZeroMergeCache(64)), members(KVCache())
+    ours, theirs = members(tiny.cache(64)), members(KVCache())
     # Not ours: batching is another class, the rest are KVCache's own arrays and their growth.
     left_out = {"merge", "keys_and_values", "step", "values"}
     new = theirs - ours - left_out
@@ -327,11 +329,11 @@ def test_host_takes_prompt_cache_and_asks_models_for_caches():
 def test_host_shows_its_graph_with_the_names_that_the_probe_reads():
     used, unused = mx.zeros((2,)), mx.zeros((2,))
     leaf = [KVCache(), KVCache()]
-    probes = [hook._Probe(i) for i in range(len(leaf))]
+    probes = [probe._Probe(i) for i in range(len(leaf))]
     probes[0].stand_ins, probes[1].stand_ins = [unused], [mx.zeros((2,)), used]
-    hook._check_uses(mx.ones((2,)) + 1, probes)
+    probe._check_uses(mx.ones((2,)) + 1, probes)
     with pytest.raises(UnsupportedModelError, match="full-attention layer 1"):
-        hook._check_uses(mx.exp(used + 1), probes)
+        probe._check_uses(mx.exp(used + 1), probes)
 
 
 # ---- budgets on real models
@@ -377,7 +379,7 @@ def test_unequal_head_rows_change_nothing_while_they_suffice_and_hold_less_after
     rows = [[40, 80], [80, 40]]
     caches = zm_mlx.make_prompt_cache(made, None, head_rows=rows)
     assert mx.isfinite(feed(made, caches, tokens, 7)).all().item()
-    assert [[len(c.held(h).weight) <= n for h, n in enumerate(t)] for c, t in zip(caches, rows, strict=True)] == [
+    assert [[len(held(c, h).weight) <= n for h, n in enumerate(t)] for c, t in zip(caches, rows, strict=True)] == [
         [True, True]
     ] * 2
 

@@ -6,24 +6,25 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_compress import FLOATS, names, queries_of, stores
+from states import FLOATS, Given, f32, names, random_queries, random_state
 from tiny import f64
 
-from zm_mlx import compress
-from zm_mlx.kernels import _common
-from zm_mlx.kernels import attend as kernels
-from zm_mlx.layout import Layout
-from zm_mlx.policy import Policy
+from zm_mlx.ops.kernels import _common
+from zm_mlx.ops.kernels import attend as kernels
+from zm_mlx.ops.plain import attention
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import Layout
+from zm_mlx.state.state import Call
 
 DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 2, 3, 5, 7, 8, 16, 71)
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}  # one rounding of the output
 
-# Hazards of the rows: layout, left, live. All but the last are small enough to trace.
+# Hazards of the rows: layout, departed, filled. All but the last are small enough to trace.
 ROWS = {
     "one head has everything, others their floor": (Layout(3, (150, 0, 0), 20, 9), 500, 27),
     "a head without kept rows": (Layout(0, (37, 0), 16, 8), 99, 24),
-    "one live row": (Layout(4, (9, 9), 5, 3), 0, 1),
+    "one row": (Layout(4, (9, 9), 5, 3), 0, 1),
     "kept rows partly filled, not a multiple of 32": (Layout(3, (60, 60, 30), 40, 11), 45, 50),
     "exactly full before anything merges": (Layout(3, (60, 61), 7, 5), 63, 9),
     "merged, uniform": (Layout(4, (95, 95), 20, 9), 1000, 21),
@@ -54,21 +55,32 @@ def pairwise(*axes):
         yield values
 
 
-def data(layout, left, live, *, groups=2, dim=64, value_dim=64, dtype=mx.float32, batch=2, size=0.4):
-    kept, recent = stores(layout, left=left, live=live, batch=batch, dim=dim, value_dim=value_dim, dtype=dtype)
-    queries = queries_of(layout, 1, groups, dim, mx.float32, batch=batch) * size
-    how = {"left": left, "live": live, "layout": layout, "policy": Policy(), "scale": dim**-0.5}
-    return queries.astype(dtype), kept, recent, how
+def data(layout, departed, filled, *, groups=2, dim=64, value_dim=64, dtype=mx.float32, batch=2, size=0.4):
+    more = {"batch": batch, "dim": dim, "value_dim": value_dim, "dtype": dtype}
+    state = random_state(layout, departed=departed, filled=filled, **more)
+    queries = random_queries(layout, 1, groups, dim, mx.float32, batch=batch) * size
+    return Given(Call(queries.astype(dtype), dim**-0.5), state, layout, Policy())
 
 
-def check(queries, kept, recent, how, *, seeds=(1, 2, 3), traced=True, tolerance=None):
+def attend(given):
+    """Output, and the new scores of the kept and of the recent rows."""
+    out, scores = kernels.attend(*given)
+    return out, *scores
+
+
+def plain(given):
+    out, scores = attention.attend(*given)
+    return out, *scores
+
+
+def check(given, *, seeds=(1, 2, 3), traced=True, tolerance=None):
     """The kernel equals its twin under each schedule, reads nothing unwritten and copies no store."""
-    expected = compress.attend(queries, kept, recent, **how)
+    expected, queries = plain(given), given.call.queries
     tolerance = tolerance or TOLERANCE[queries.dtype]
-    mass = 1e-5 + 1e-6 * queries.shape[1] / how["layout"].heads
+    mass = 1e-5 + 1e-6 * queries.shape[1] / given.layout.heads
     for seed, trace in [*((seed, False) for seed in seeds), *([(4, True)] if traced else [])]:
         with metal_host.options(seed=seed, trace=trace), metal_host.record() as launches:
-            found = kernels.attend(queries, kept, recent, **how)
+            found = attend(given)
         for x, y, error in zip(found, expected, (tolerance, mass, mass), strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype
             np.testing.assert_allclose(f64(x), f64(y), atol=error, rtol=max(error, 1e-5))
@@ -76,7 +88,7 @@ def check(queries, kept, recent, how, *, seeds=(1, 2, 3), traced=True, tolerance
             assert not {name for name in launch.copied if name != "queries"}, "a store is copied"
             assert launch.threadgroup_memory <= _common.MAX_THREADGROUP_BYTES
         if trace:
-            written = ("out", "kept_out", "recent_out") if kept.keys.size else ("out", "recent_out")
+            written = kernels.OUTPUTS if given.state.scores.kept.size else ("output", "new_recent_score")
             assert all(launches[-1].buffers[name].unwritten == 0 for name in written)
     return launches
 
@@ -89,7 +101,7 @@ def check(queries, kept, recent, how, *, seeds=(1, 2, 3), traced=True, tolerance
 def test_equals_the_plain_ops(dtype, dim, groups, rows, same):
     value_dim = dim if same else DIMS[DIMS.index(dim) - 2]
     given = data(*ROWS[rows], groups=groups, dim=dim, value_dim=value_dim, dtype=dtype)
-    check(*given, traced=rows not in LARGE)
+    check(given, traced=rows not in LARGE)
 
 
 @pytest.mark.exhaustive
@@ -100,17 +112,16 @@ def test_equals_the_plain_ops(dtype, dim, groups, rows, same):
 def test_equals_the_plain_ops_in_every_combination(dtype, dim, groups, rows):
     for value_dim in {dim, 64, 256}:
         given = data(*ROWS[rows], groups=groups, dim=dim, value_dim=value_dim, dtype=dtype)
-        check(*given, traced=rows not in LARGE)
+        check(given, traced=rows not in LARGE)
 
 
 @pytest.mark.parametrize("groups", [3, 9])
 @pytest.mark.parametrize("rows", ["a head without kept rows", "merged, uniform", "split"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=names(FLOATS))
 def test_sinks_take_probability_and_nothing_else(dtype, rows, groups):
-    queries, kept, recent, how = data(*ROWS[rows], groups=groups, dtype=dtype)
-    sinks = np.random.default_rng(3).standard_normal(queries.shape[1]) * 4
-    how["sinks"] = mx.array(sinks).astype(dtype)
-    check(queries, kept, recent, how, traced=rows not in LARGE)
+    given = data(*ROWS[rows], groups=groups, dtype=dtype)
+    sinks = np.random.default_rng(3).standard_normal(given.call.queries.shape[1]) * 4
+    check(given.with_call(sinks=mx.array(sinks).astype(dtype)), traced=rows not in LARGE)
 
 
 @pytest.mark.parametrize(
@@ -120,96 +131,100 @@ def test_sinks_take_probability_and_nothing_else(dtype, rows, groups):
 )
 @pytest.mark.parametrize("groups", [3, 16])
 def test_every_setting_means_what_the_plain_ops_make_of_it(policy, groups):
-    queries, kept, recent, how = data(*ROWS["merged, uniform"], groups=groups)
-    check(queries, kept, recent, how | {"policy": policy}, seeds=(1,))
+    check(data(*ROWS["merged, uniform"], groups=groups)._replace(policy=policy), seeds=(1,))
 
 
 def test_spread_counts_only_where_rows_are_merged():
     """The same spread on a head that is full of raw rows, on one that has merged, and on one with room."""
     layout = Layout(3, (60, 30, 90), 7, 5)
-    queries, kept, recent, how = data(layout, 63, 9)
+    given = data(layout, 63, 9)
     merged = np.array([begin + 63 > end for begin, end in zip(layout.starts, layout.starts[1:], strict=False)])
     assert merged.any() and not merged.all()
-    spread = np.where(merged[None, :, None], f64(kept.spread), 0)
-    expected = compress.attend(queries, kept._replace(spread=mx.array(spread.astype(np.float32))), recent, **how)
-    found = kernels.attend(queries, kept._replace(spread=kept.spread + (1 - merged)[None, :, None]), recent, **how)
-    for x, y in zip(found, expected, strict=True):
+    spread = f64(given.state.residuals.spread)
+    assert not spread[:, ~merged].any()
+
+    def spread_by(x):
+        residuals = given.state.residuals._replace(spread=f32(x))
+        return given._replace(state=given.state._replace(residuals=residuals))
+
+    expected = plain(spread_by(spread))
+    for x, y in zip(attend(spread_by(spread + (1 - merged)[None, :, None])), expected, strict=True):
         np.testing.assert_allclose(f64(x), f64(y), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", ["merged, uniform", "split"])
 @pytest.mark.parametrize("groups", [2, 8, 71])
 def test_weights_up_to_a_million_and_empty_rows(rows, groups):
-    queries, kept, recent, how = data(*ROWS[rows], groups=groups)
-    weight, keys, values = f64(kept.weight), f64(kept.keys), f64(kept.values)
-    starts = how["layout"].starts
+    given = data(*ROWS[rows], groups=groups)
+    kept, starts = given.state.kept, given.layout.starts
+    weight, keys, values = f64(kept.weight), f64(kept.rows.keys), f64(kept.rows.values)
     for begin in starts[:-1]:
         weight[:, begin : begin + 4] = [1e6, 3, 0, 12345]
         weight[1, begin + 7 : begin + 29 : 3] = 0
     weight[0, 300:700] = 0  # whole splits of nothing
     keys[weight == 0], values[weight == 0] = np.nan, np.inf
-    kept = kept._replace(**{n: mx.array(x.astype(np.float32)) for n, x in
-                            (("weight", weight), ("keys", keys), ("values", values))})  # fmt: skip
-    finite = kept._replace(keys=mx.nan_to_num(kept.keys), values=mx.nan_to_num(kept.values, posinf=0))
-    expected = compress.attend(queries, finite, recent, **how)
+    finite = {"keys": f32(np.nan_to_num(keys)), "values": f32(np.nan_to_num(values, posinf=0))}
+    expected = plain(given.with_kept(weight=f32(weight), **finite))
+    given = given.with_kept(weight=f32(weight), keys=f32(keys), values=f32(values))
     for seed in (0, 1, 2):
         with metal_host.options(seed=seed):
-            found = kernels.attend(queries, kept, recent, **how)
+            found = attend(given)
         for x, y in zip(found, expected, strict=True):
             np.testing.assert_allclose(f64(x), f64(y), atol=3e-5, rtol=1e-4)
 
 
 def test_sequences_of_a_batch_filled_differently():
-    queries, kept, recent, how = data(*ROWS["merged, uniform"], groups=5, batch=3)
-    weight = f64(kept.weight)
+    given = data(*ROWS["merged, uniform"], groups=5, batch=3)
+    weight = f64(given.state.kept.weight)
     weight[0, 4:], weight[1, :99] = 0, 0
     weight[2, ::2] = 0
-    check(queries, kept._replace(weight=mx.array(weight.astype(np.float32))), recent, how)
+    check(given.with_kept(weight=f32(weight)))
 
 
 @pytest.mark.parametrize("rows", ["merged, uniform", "split"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_logits_near_and_beyond_the_largest_half(dtype, rows):
-    queries, kept, recent, how = data(*ROWS[rows], groups=4, dtype=dtype, size=300)
-    how["scale"] = 1.0
-    logits = f64(queries[:1, :4, 0]) @ f64(recent.keys[0, 0, : how["live"]]).T
-    assert np.abs(logits).max() > 1e4
-    check(queries * 1, kept, recent, how, traced=rows not in LARGE)
-    how["scale"] = 30.0  # beyond 65504, unless computed in float32
-    check(queries, kept, recent, how, seeds=(1,), traced=False)
+    given = data(*ROWS[rows], groups=4, dtype=dtype, size=300)
+    keys = given.state.recent.keys[0, 0, : given.state.filled]
+    assert np.abs(f64(given.call.queries[:1, :4, 0]) @ f64(keys).T).max() > 1e4
+    check(given.with_call(scale=1.0), traced=rows not in LARGE)
+    # Beyond 65504, unless computed in float32.
+    check(given.with_call(scale=30.0), seeds=(1,), traced=False)
 
 
 def test_logits_far_below_zero_with_an_empty_split():
     """A split without rows must not pass for one with logits of 0."""
     layout = Layout(4, (800, 800), 40, 20)
-    queries, kept, recent, how = data(layout, 2, 1, size=1)
+    given = data(layout, 2, 1, size=1)
     assert kernels.splits_of(4, 2, 864)[0] > 1
-    keys = [-1000 * mx.ones_like(x) / 64 for x in (kept.keys, recent.keys)]
-    check(mx.ones_like(queries), kept._replace(keys=keys[0]), recent._replace(keys=keys[1]), how | {"scale": 1.0},
-          traced=False)  # fmt: skip
+    state = given.state
+    kept, recent = (-1000 * mx.ones_like(x.keys) / 64 for x in (state.kept.rows, state.recent))
+    given = given._replace(state=state._replace(recent=state.recent._replace(keys=recent))).with_kept(keys=kept)
+    check(given.with_call(queries=mx.ones_like(given.call.queries), scale=1.0), traced=False)
 
 
 @pytest.mark.parametrize("groups", [1, 6, 16])
 def test_equal_rows_get_equal_scores(groups):
     layout = Layout(0, (120, 70), 20, 10)
-    queries, kept, recent, how = data(layout, 300, 25, groups=groups)
-    kept = kept._replace(keys=mx.broadcast_to(kept.keys[:, :1], kept.keys.shape) + 0, score=kept.score * 0)
-    found = kernels.attend(queries, kept, recent, **how)[1]
+    given = data(layout, 300, 25, groups=groups)
+    keys, scores = given.state.kept.rows.keys, given.state.scores
+    given = given._replace(state=given.state._replace(scores=scores._replace(kept=0 * scores.kept)))
+    found = attend(given.with_kept(keys=mx.broadcast_to(keys[:, :1], keys.shape) + 0))[1]
     for begin, end in zip(layout.starts, layout.starts[1:], strict=False):
         assert mx.array_equal(found[:, begin:end].min(axis=1), found[:, begin:end].max(axis=1))
 
 
 def test_queries_that_are_not_contiguous():
-    queries, kept, recent, how = data(*ROWS["merged, uniform"], groups=3)
-    wide = mx.concatenate([queries, queries + 1], axis=-1).transpose(0, 2, 1, 3)
-    launches = check(wide[..., :64].transpose(0, 2, 1, 3), kept, recent, how)
+    given = data(*ROWS["merged, uniform"], groups=3)
+    wide = mx.concatenate([given.call.queries, given.call.queries + 1], axis=-1).transpose(0, 2, 1, 3)
+    launches = check(given.with_call(queries=wide[..., :64].transpose(0, 2, 1, 3)))
     assert launches[0].copied == ["queries"]
 
 
 @pytest.mark.parametrize("heads", [1, 8])  # the starts of fewer than 7 heads come through another address space
 def test_both_address_spaces_of_small_inputs(heads):
-    check(*data(Layout(1, (0,) * heads, 2, 1), 9, 3, batch=1))
-    check(*data(Layout(2, (1,) * heads, 2, 6), 9, 3, batch=3, groups=9))
+    check(data(Layout(1, (0,) * heads, 2, 1), 9, 3, batch=1))
+    check(data(Layout(2, (1,) * heads, 2, 6), 9, 3, batch=3, groups=9))
 
 
 # ---- shapes and splits
@@ -219,10 +234,10 @@ def test_the_stores_alone_decide_the_splits():
     """Nothing is built anew while tokens arrive, and a longer fill does not change the grid."""
     layout = ROWS["split"][0]
     grids = set()
-    for left, live in ((0, 1), (30, 60), (804, 44), (9000, 60)):
-        given = data(layout, left, live)
+    for departed, filled in ((0, 1), (30, 60), (804, 44), (9000, 60)):
+        given = data(layout, departed, filled)
         with metal_host.record() as launches:
-            kernels.attend(*given[:3], **given[3])
+            attend(given)
         grids.add(tuple((x.name, x.grid) for x in launches))
     assert len(grids) == 1 and len(grids.pop()) == 2
     assert _common.kernel.cache_info().currsize == 2
@@ -241,33 +256,31 @@ def test_every_split_has_room_for_its_rows_and_one_head_fills_a_gpu():
 
 @pytest.mark.parametrize("groups", [1, 8])
 def test_32k_rows(groups):
-    layout = Layout.of(32768, 1)
+    layout = Policy().layout(32768, 1)
     given = data(layout, 10**6, layout.recent, groups=groups, dtype=mx.float16, batch=1)
-    check(*given, seeds=(1,), traced=False)
+    check(given, seeds=(1,), traced=False)
 
 
 def test_more_splits_than_threads(monkeypatch):
     monkeypatch.setattr(kernels, "LOGITS", 32)
     layout = Layout(2, (8300,), 60, 10)
     assert kernels.splits_of(1, 1, 8372)[0] > kernels.THREADS
-    check(*data(layout, 9999, 65, groups=1, batch=1), seeds=(1,))
+    check(data(layout, 9999, 65, groups=1, batch=1), seeds=(1,))
 
 
 # ---- traffic
 
 
 def traffic(heads, groups, dim, rows, dtype=mx.float16, value_dim=None, fill=1.0):
-    """Launches over uniform heads, the rows that live, the bytes counted and the fewest possible."""
-    layout, value_dim = Layout.of(rows, heads), value_dim or dim
-    live = layout.recent if fill == 1 else layout.proximity + 1
-    queries, kept, recent, how = data(
-        layout, 10 * rows, live, groups=groups, dim=dim, value_dim=value_dim, dtype=dtype, batch=1
-    )
+    """Launches over uniform heads, the filled rows, the bytes counted and the fewest possible."""
+    layout, value_dim = Policy().layout(rows, heads), value_dim or dim
+    filled = layout.recent if fill == 1 else layout.proximity + 1
+    given = data(layout, 10 * rows, filled, groups=groups, dim=dim, value_dim=value_dim, dtype=dtype, batch=1)
     with metal_host.options(trace=True), metal_host.record() as launches:
-        mx.eval(kernels.attend(queries, kept, recent, **how))
+        mx.eval(attend(given))
     counted = sum(x.device_bytes_read + x.device_bytes_written for x in launches)
     old, tiles = layout.starts[-1], kernels.tiles_of(groups)[0]
-    every = old + heads * live
+    every = old + heads * filled
     least = tiles * (every * (dim + value_dim) * dtype.size + 4 * old) + 4 * every  # K, V, weight; score
     least += 4 * every + heads * groups * value_dim * dtype.size  # scores and output
     return launches, every, counted, least
@@ -306,9 +319,25 @@ def test_keys_and_values_are_read_once_for_8_query_heads(groups):
 
 
 def test_empty_rows_are_not_read():
-    queries, kept, recent, how = data(*ROWS["merged, uniform"], groups=2)
-    half = kept._replace(weight=kept.weight * (mx.arange(kept.weight.shape[1]) % 2))
+    given = data(*ROWS["merged, uniform"], groups=2)
+    weight = given.state.kept.weight
     with metal_host.options(trace=True):
-        kernels.attend(queries, half, recent, **how)
+        attend(given.with_kept(weight=weight * (mx.arange(weight.shape[1]) % 2)))
     for name in ("keys", "values"):
-        assert metal_host.last_launch().buffers[f"kept_{name}"].read == kept.keys.nbytes // 2
+        assert metal_host.last_launch().buffers[f"kept_{name}"].read == given.state.kept.rows.keys.nbytes // 2
+
+
+def test_a_bound_step_serves_all_tokens_until_the_next_compaction():
+    """What is bound must not hold the fill, the scores or the recent rows of the first token."""
+    for rows in ("merged, uniform", "split", "a head without kept rows"):
+        given = data(*ROWS[rows], groups=3)
+        step = kernels.bind(*given._replace(state=given.state._replace(filled=3)))
+        later = data(*ROWS[rows], groups=3)
+        state = later.state
+        state = state._replace(
+            recent=state.recent.map(lambda x: 2 * x), scores=state.scores._replace(kept=3 * state.scores.kept)
+        )
+        later = later.with_call(queries=-later.call.queries)._replace(state=state)
+        out, scores = step(later.call.queries, later.state)
+        for x, y in zip((out, *scores), plain(later), strict=True):
+            np.testing.assert_allclose(f64(x), f64(y), atol=2e-5, rtol=1e-5)

@@ -6,13 +6,14 @@ from pathlib import Path
 import metal_host
 import mlx.core as mx
 import pytest
+import tiny
 from mlx_lm import load
+from tiny import held
 
 import zm_mlx
-from zm_mlx import backend
 from zm_mlx.generate import DEFAULT_MODEL, mlx_lm_generate
-from zm_mlx.kernels import check
-from zm_mlx.kernels._common import kernel
+from zm_mlx.ops import check, choose
+from zm_mlx.ops.kernels._common import kernel
 
 PROMPT_TOKENS, NEW_TOKENS, BUDGET = 1000, 64, 100
 
@@ -21,7 +22,7 @@ PROMPT_TOKENS, NEW_TOKENS, BUDGET = 1000, 64, 100
 def loaded():
     model, tokenizer = load(DEFAULT_MODEL)
     model.set_dtype(mx.float32)
-    text = (Path(zm_mlx.__file__).parent / "compress.py").read_text()
+    text = (Path(zm_mlx.__file__).parent / "host" / "plan.py").read_text()
     return model, tokenizer.encode(text)[:PROMPT_TOKENS]
 
 
@@ -30,10 +31,10 @@ def executor():
     """The kernels of this process run on the executor; nothing of it is left behind."""
     with metal_host.installed():
         kernel.cache_clear()
-        backend._verified.cache_clear()
+        choose._verified.cache_clear()
         yield
     kernel.cache_clear()
-    backend._verified.cache_clear()
+    choose._verified.cache_clear()
 
 
 def tokens(model, prompt, kernels, prefill, chunk=512):
@@ -56,14 +57,16 @@ def test_generation_through_the_kernels_is_token_identical_to_the_plain_ops(load
     assert found == expected and len(found) == NEW_TOKENS
     for ours, theirs in zip(caches, plain, strict=True):
         assert ours.offset == theirs.offset == PROMPT_TOKENS + NEW_TOKENS
-        assert mx.array_equal(ours.held(0).position, theirs.held(0).position)
+        assert mx.array_equal(held(ours, 0).position, held(theirs, 0).position)
 
 
 def test_a_wrong_kernel_is_left_out_with_a_warning_and_the_text_stays_right(loaded, executor, monkeypatch):
     model, prompt = loaded
     expected, _ = tokens(model, prompt[:200], "ops", "streaming")
     right = check.kernel_of("attend")
-    monkeypatch.setattr("zm_mlx.kernels.attend.attend", lambda *a, **k: (right(*a, **k)[0] * 1.1, *right(*a, **k)[1:]))
+    monkeypatch.setattr(
+        "zm_mlx.ops.kernels.attend.attend", lambda *a, **k: (right(*a, **k)[0] * 1.1, right(*a, **k)[1])
+    )
     with pytest.warns(UserWarning, match="'attend' is left out"):
         found, _ = tokens(model, prompt[:200], "metal", "streaming")
     assert found == expected
@@ -75,7 +78,7 @@ def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(loaded, execu
     def fails(*_, **__):
         raise RuntimeError("no such builtin")
 
-    monkeypatch.setattr("zm_mlx.kernels.compact.compact", fails)
+    monkeypatch.setattr("zm_mlx.ops.kernels.compact.compact", fails)
     with pytest.warns(UserWarning, match=r"'compact' is left out .*no such builtin"):
         found, _ = tokens(model, prompt[:200], "metal", "streaming")
     assert len(found) == NEW_TOKENS
@@ -84,7 +87,7 @@ def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(loaded, execu
 @pytest.mark.parametrize(("heads", "launched"), [(32, ["zm_attend"]), (2, ["zm_attend", "zm_attend_join"])])
 def test_launches_of_a_decode_step(executor, heads, launched):
     """Each launch costs on a GPU: one for attention and scores, a second where few heads need their rows split."""
-    cache = zm_mlx.ZeroMergeCache(600, kernels="metal")
+    cache = tiny.cache(600, heads, kernels="metal")
     for length in (64, 1, 1):  # before the first of its shape a kernel is compared with its twin
         new = [mx.random.normal((1, heads, length, 64)) for _ in range(3)]
         mx.eval(new)

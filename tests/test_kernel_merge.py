@@ -4,14 +4,16 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 import pytest
+from states import FLOATS, f32
 from tiny import TOLERANCE, f64
 
-from zm_mlx import compress
-from zm_mlx.kernels import _common
-from zm_mlx.kernels.merge import merge
-from zm_mlx.stores import Kept
+from zm_mlx.ops.kernels import _common
+from zm_mlx.ops.kernels.merge import Victims, merge
+from zm_mlx.policies import merging
+from zm_mlx.state.layout import Layout
+from zm_mlx.state.rows import Dense
+from zm_mlx.state.state import Kept, Merged, Residuals, Scores, State
 
-FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 DIMS = [(64, 128), (80, 64), (96, 96), (128, 80), (256, 256)]
 # Each dtype with each pair of dims; residual rows at the edges of what a simdgroup and a thread hold.
 COVERING = [(FLOATS[i % 3], *DIMS[i % 5], (1, 2, 3, 4, 5, 7, 15, 16, 17, 33)[i % 10]) for i in range(15)]
@@ -30,50 +32,106 @@ def executor():
         _common.kernel.cache_clear()
 
 
-def state(residual, heads, dim, value_dim, dtype, *, batch=3, rows=None, heaviest=1000, seed=5):
-    """A group's kept rows, the first ``residual`` of them merged from random tokens."""
-    rng = np.random.default_rng(seed)
-    rows = rows or residual + 2
+CONTEXT = 2  # rows of a head that are not residual
+
+
+def problem(case, n=37, *, heads=3, batch=3, share=0.7, heaviest=1000, seed=5):
+    """A state whose recent store is a pool of n rows, its layout, and which of these rows are victims, [B, H, n].
+
+    Residual rows are merged from random tokens. Of the last head nobody is a victim, of the first all.
+    """
+    dtype, dim, value_dim, residual = case
+    rng, rows = np.random.default_rng(seed), residual + CONTEXT
     weight = np.ones((batch, heads, rows))
     weight[:, :, :residual] = rng.integers(1, heaviest + 1, (batch, heads, residual))
     means = [rng.standard_normal((batch, heads, rows, d)) for d in (dim, value_dim)]
-    of = weight[:, :, :residual, None]
-    key_sum, value_sum = (x[:, :, :residual] * of for x in means)
-    square_sum = (key_sum * means[0][:, :, :residual]).sum(-1) + rng.random(of.shape[:3]) * of[..., 0]
-    single = [
-        mx.array(x.astype(np.float32)) for x in (weight, rng.random(weight.shape), key_sum, value_sum, square_sum)
-    ]
-    return Kept(
-        *(mx.array(x.astype(np.float32)).astype(dtype) for x in means), *single[:2],
-        mx.full(weight.shape, -1, mx.int32), mx.zeros((batch, heads, residual)), *single[2:],
-    )  # fmt: skip
-
-
-def pool(heads, n, dim, value_dim, dtype, *, batch=3, seed=6, share=0.7):
-    """Keys, values, scores and victims of a pool; of the last head nobody is a victim, of the first all."""
-    rng = np.random.default_rng(seed)
-    rows = [
-        mx.array(rng.standard_normal((batch, heads, n, d)).astype(np.float32)).astype(dtype) for d in (dim, value_dim)
-    ]
-    victims = rng.random((batch, heads, n)) < share
+    tokens = weight[:, :, :residual, None]
+    key_sum, value_sum = (x[:, :, :residual] * tokens for x in means)
+    square_sum = (key_sum * means[0][:, :, :residual]).sum(-1) + rng.random(tokens.shape[:3]) * tokens[..., 0]
+    score = rng.random(weight.shape)
+    rng = np.random.default_rng(seed + 1)
+    pool = Dense(*(f32(rng.standard_normal((batch, heads, n, d))).astype(dtype) for d in (dim, value_dim)))
+    mask = rng.random((batch, heads, n)) < share
     if heads > 2:
-        victims[:, 0], victims[:, -1] = True, False
-    return *rows, mx.array((rng.random((batch, heads, n)) - 0.3).astype(np.float32)), mx.array(victims)
+        mask[:, 0], mask[:, -1] = True, False
+    flat = [f32(x).flatten(1, 2) for x in (*means, weight, score)]
+    state = State(
+        kept=Kept(Dense(*(x.astype(dtype) for x in flat[:2])), flat[2], mx.full(flat[2].shape, -1, mx.int32)),
+        residuals=Residuals(mx.zeros(tokens.shape[:3]), f32(key_sum), f32(value_sum), f32(square_sum)),
+        recent=pool,
+        scores=Scores(flat[3], f32(rng.random((batch, heads, n)) - 0.3)),
+        departed=10**6,
+        filled=n,
+        since_compaction=0,
+    )
+    return state, Layout(residual, (CONTEXT,) * heads, 1, n), mask
 
 
-def run(*arguments, seed=0, trace=False):
+def residual_rows(state, layout):
+    """The residual rows of a state as they are, [B, H, R]."""
+    shape = (state.kept.weight.shape[0], layout.heads, layout.residual + CONTEXT)
+
+    def first(x):
+        return x.reshape(*shape, *x.shape[2:])[:, :, : layout.residual]
+
+    return Merged(state.kept.rows.map(first), first(state.kept.weight), first(state.scores.kept), state.residuals)
+
+
+def expected(state, layout, mask, fresh):
+    """What the plain ops merge, head by head, for heads have different numbers of victims."""
+    before, heads = residual_rows(state, layout), []
+    for b, h in np.ndindex(mask.shape[:2]):
+        rows, one = mx.array(np.flatnonzero(mask[b, h])), (slice(b, b + 1), slice(h, h + 1))
+        mine = Merged(
+            before.rows.map(lambda x, one=one: x[one]), before.weight[one], before.score[one],
+            Residuals(*(x[one] for x in before.residuals)),
+        )  # fmt: skip
+        if rows.size:
+            victims = state.recent.map(lambda x, one=one, rows=rows: x[one][:, :, rows])
+            heads.append(merging.merge(mine, victims, state.scores.recent[one][:, :, rows], fresh))
+        else:
+            heads.append(nobody_joined(mine, state.recent.dtype, fresh))
+    every = [leaves(x) for x in heads]
+    return [mx.concatenate(list(x)).reshape(*mask.shape[:2], *x[0].shape[2:]) for x in zip(*every, strict=True)]
+
+
+def nobody_joined(merged, dtype, fresh):
+    share = 0 if fresh else 1
+    weight, sums = share * merged.weight, [share * x for x in merged.residuals]
+    tokens = mx.maximum(weight, 1)[..., None]
+    means = [x / tokens for x in sums[1:3]]
+    spread = mx.maximum(0, sums[3] / tokens[..., 0] - (means[0] * means[0]).sum(-1)) / means[0].shape[-1]
+    return Merged(Dense(*(x.astype(dtype) for x in means)), weight, share * merged.score, Residuals(spread, *sums[1:]))
+
+
+FIELDS = ("keys", "values", "weight", "score", "spread", "key_sum", "value_sum", "square_sum")
+
+
+def leaves(merged):
+    return [*merged.rows, merged.weight, merged.score, *merged.residuals]
+
+
+def run(state, layout, mask, fresh, *, seed=0, trace=False):
+    # Victims first, in order, as rows of the recent store (see common.h); what follows them is not read.
+    n, stored = mask.shape[2], layout.starts[-1]
+    at = np.arange(n)
+    order = np.sort(np.where(mask, at, at + n), axis=-1) % n
+    source = 2 * stored + np.arange(layout.heads)[:, None] * n + order
+    victims = Victims(
+        *(mx.array(x.astype(np.int32)) for x in (source, mask.sum(-1), np.full(mask.shape[:2], 2 - fresh)))
+    )
     with metal_host.options(seed=seed, trace=trace), metal_host.record() as launches:
-        merged = merge(*arguments)
+        merged = merge(state, layout, victims)
     assert [launch.name for launch in launches] == ["zm_merge"]
     if trace:
         assert not any(b.unwritten for b in launches[0].buffers.values() if b.written)
     return merged, launches[0]
 
 
-def assert_same(merged, expected, dtype):
-    for field, x, y in zip(Kept._fields, merged, expected, strict=True):
+def assert_same(merged, reference, dtype):
+    for field, x, y in zip(FIELDS, leaves(merged), reference, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, field
-        if field in ("weight", "score", "position"):
+        if field in ("weight", "score"):
             assert mx.array_equal(x, y), field
         else:
             near = TOLERANCE[dtype] if field in ("keys", "values") else 2e-5
@@ -81,15 +139,17 @@ def assert_same(merged, expected, dtype):
             np.testing.assert_allclose(f64(x), f64(y), atol=near * scale, rtol=1e-4 + near, err_msg=field)
 
 
-def check(case, n=37, *, fresh, seeds=(1, 2, 3), trace=False, heads=3):
-    dtype, dim, value_dim, residual = case
-    kept = state(residual, heads, dim, value_dim, dtype)
-    arguments = (kept, *pool(heads, n, dim, value_dim, dtype), residual, fresh)
-    expected = compress.merge(*arguments)
+def check(case, n=37, *, fresh, seeds=(1, 2, 3), trace=False):
+    given = (*problem(case, n), fresh)
+    reference = expected(*given)
     for seed in seeds:
-        merged, launch = run(*arguments, seed=seed, trace=trace)
-        assert_same(merged, expected, dtype)
+        merged, launch = run(*given, seed=seed, trace=trace)
+        assert_same(merged, reference, case[0])
         assert launch.copied == []
+
+
+def with_rows(state, **rows):
+    return state._replace(kept=state.kept._replace(rows=state.kept.rows._replace(**rows)))
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["joins", "fills"])
@@ -112,66 +172,61 @@ def test_any_number_of_victims(n, fresh):
 
 @pytest.mark.parametrize("residual", [3, 17])
 def test_equal_dot_products_join_the_lowest_row(residual):
-    kept = state(residual, 1, 64, 64, mx.float32, batch=1)
-    same = mx.repeat(kept.keys[:, :, 1:2], residual, axis=2)
-    keys = mx.concatenate([-same[:, :, :1], same[:, :, 1:], kept.keys[:, :, residual:]], axis=2)
-    arrived = mx.repeat(same[:, :, :1], 20, axis=2)
-    every = mx.ones((1, 1, 20), mx.bool_)
-    merged, _ = run(kept._replace(keys=keys), arrived, arrived, mx.ones((1, 1, 20)), every, residual, False)
-    joined = f64(merged.weight - kept.weight[:, :, :residual])[0, 0]
+    state, layout, mask = problem((mx.float32, 64, 64, residual), 20, heads=1, batch=1, share=1)
+    same, before = state.kept.rows.keys[:, 1:2], residual_rows(state, layout)
+    keys = mx.concatenate([-same, *[same] * (residual - 1), state.kept.rows.keys[:, residual:]], axis=1)
+    arrived = mx.repeat(same[:, None], 20, axis=2)
+    merged, _ = run(with_rows(state, keys=keys)._replace(recent=Dense(arrived, arrived)), layout, mask, False)
+    joined = f64(merged.weight - before.weight)[0, 0]
     assert joined.tolist() == [0, 20] + [0] * (residual - 2)
 
 
 def test_half_precision_dot_products_beyond_its_range():
     """Keys of up to 200: dot products of millions, which a half cannot tell apart."""
-    kept = state(4, 2, 128, 128, mx.float16)
-    kept = kept._replace(keys=kept.keys * 50)
-    keys, values, score, victims = pool(2, 50, 128, 128, mx.float16)
-    arguments = (kept, keys * 50, values, score, victims, 4, False)
-    merged, _ = run(*arguments)
-    nearest = (f64(keys * 50) @ f64(kept.keys[:, :, :4]).swapaxes(-1, -2)).argmax(-1)
-    joined = [
-        [[((nearest[b, h] == r) & np.array(victims[b, h])).sum() for r in range(4)] for h in (0, 1)] for b in range(3)
-    ]
-    assert f64(merged.weight - kept.weight[:, :, :4]).tolist() == joined
-    assert all(np.isfinite(f64(x)).all() for x in merged)
+    state, layout, mask = problem((mx.float16, 128, 128, 4), 50, heads=2)
+    state = with_rows(state, keys=state.kept.rows.keys * 50)
+    state = state._replace(recent=state.recent._replace(keys=state.recent.keys * 50))
+    before = residual_rows(state, layout)
+    merged, _ = run(state, layout, mask, False)
+    nearest = (f64(state.recent.keys) @ f64(before.rows.keys).swapaxes(-1, -2)).argmax(-1)
+    joined = [[[((nearest[b, h] == r) & mask[b, h]).sum() for r in range(4)] for h in (0, 1)] for b in range(3)]
+    assert f64(merged.weight - before.weight).tolist() == joined
+    assert all(np.isfinite(f64(x)).all() for x in leaves(merged))
 
 
 def test_a_mean_of_a_million_tokens_keeps_moving():
-    kept = state(2, 1, 64, 64, mx.float16, heaviest=10**6)
-    merged, _ = run(kept, *pool(1, 200, 64, 64, mx.float16, share=1), 2, False)
-    assert_same(merged, compress.merge(kept, *pool(1, 200, 64, 64, mx.float16, share=1), 2, False), mx.float16)
-    assert f64(merged.weight).sum() == f64(kept.weight[:, :, :2]).sum() + 3 * 200
-    assert (f64(merged.key_sum) != f64(kept.key_sum)).mean() > 0.9
+    state, layout, mask = problem((mx.float16, 64, 64, 2), 200, heads=1, share=1, heaviest=10**6)
+    merged, _ = run(state, layout, mask, False)
+    assert_same(merged, expected(state, layout, mask, False), mx.float16)
+    assert f64(merged.weight).sum() == f64(residual_rows(state, layout).weight).sum() + 3 * 200
+    assert (f64(merged.residuals.key_sum) != f64(state.residuals.key_sum)).mean() > 0.9
 
 
 def test_merged_rows_are_exact_means_of_many_victims():
-    kept = state(1, 1, 64, 64, mx.float32, batch=1)
-    keys, values, score, victims = pool(1, 3000, 64, 64, mx.float32, batch=1)
-    merged, _ = run(kept, keys, values, score, victims, 1, True)
-    mine = np.array(victims[0, 0])
-    for new, rows in ((merged.keys, keys), (merged.values, values)):
+    state, layout, mask = problem((mx.float32, 64, 64, 1), 3000, heads=1, batch=1)
+    merged, _ = run(state, layout, mask, True)
+    mine = mask[0, 0]
+    for new, rows in zip(merged.rows, state.recent, strict=True):
         np.testing.assert_allclose(f64(new[0, 0, 0]), f64(rows[0, 0])[mine].mean(0), atol=1e-6)
-    spread = f64(keys[0, 0])[mine].var(0).mean()
-    np.testing.assert_allclose(merged.spread.item(), spread, rtol=1e-5)
+    spread = f64(state.recent.keys[0, 0])[mine].var(0).mean()
+    np.testing.assert_allclose(merged.residuals.spread.item(), spread, rtol=1e-5)
 
 
 def test_the_same_bits_in_every_schedule():
-    arguments = (state(4, 2, 96, 96, mx.bfloat16), *pool(2, 60, 96, 96, mx.bfloat16), 4, False)
-    first, _ = run(*arguments)
+    given = (*problem((mx.bfloat16, 96, 96, 4), 60, heads=2), False)
+    first, _ = run(*given)
     for seed in (1, 2, 3):
-        again, _ = run(*arguments, seed=seed)
-        assert all(mx.array_equal(x, y) for x, y in zip(first, again, strict=True))
+        again, _ = run(*given, seed=seed)
+        assert all(mx.array_equal(x, y) for x, y in zip(leaves(first), leaves(again), strict=True))
 
 
 @pytest.mark.parametrize("residual", [1, 4, 16])
 def test_victims_are_read_once(residual):
-    kept = state(residual, 4, 128, 128, mx.float16, batch=2)
-    arguments = (kept, *pool(4, 64, 128, 128, mx.float16, batch=2, share=1)[:3], mx.ones((2, 4, 64), mx.bool_))
-    _, launch = run(*arguments, residual, False, trace=True)
+    state, layout, mask = problem((mx.float16, 128, 128, residual), 64, heads=4, batch=2)
+    _, launch = run(state, layout, np.ones_like(mask), False, trace=True)
     read = {x: launch.buffers[f"recent_{x}"].read for x in ("keys", "values", "score")}
     assert read == {"keys": 8 * 64 * 256, "values": 8 * 64 * 256, "score": 8 * 64 * 4}
-    assert launch.buffers["keys"].read == 8 * residual * 256  # the residual rows, once
+    assert launch.buffers["kept_keys"].read == 8 * residual * 256  # the residual rows, once
     sums = 8 * residual * 4 * (2 * 128 + 3)  # sums, squares, weight and score, in and out
     least = sum(read.values()) + 8 * residual * 256 + 2 * sums + 8 * residual * 512
     assert launch.device_bytes_read + launch.device_bytes_written <= 1.2 * least

@@ -7,8 +7,6 @@ import pytest
 import tiny
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
-from zm_mlx.cache import ZeroMergeCache
-
 mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
 
@@ -32,7 +30,7 @@ def test_kv_bits_are_refused_before_a_token_of_the_prompt_is_processed(bits, sta
     with pytest.raises(ValueError, match=f"kv_bits={bits}"):
         generate(
             tiny.model(),
-            [ZeroMergeCache(20), ZeroMergeCache(20)],
+            [tiny.cache(20), tiny.cache(20)],
             lambda done, _: processed.append(done),
             kv_bits=bits,
             **start,
@@ -43,8 +41,8 @@ def test_kv_bits_are_refused_before_a_token_of_the_prompt_is_processed(bits, sta
 @pytest.mark.parametrize(
     "caches",
     [
-        [KVCache(), CacheList(RotatingKVCache(8), ZeroMergeCache(20))],
-        [CacheList(CacheList(ZeroMergeCache(20)))],
+        [KVCache(), CacheList(RotatingKVCache(8), tiny.cache(20))],
+        [CacheList(CacheList(tiny.cache(20)))],
     ],
 )
 def test_a_cache_inside_a_container_is_seen(caches):
@@ -53,7 +51,7 @@ def test_a_cache_inside_a_container_is_seen(caches):
 
 
 def test_without_kv_bits_nothing_is_refused():
-    assert len(generate(tiny.model(), [ZeroMergeCache(20), ZeroMergeCache(20)])) == 3
+    assert len(generate(tiny.model(), [tiny.cache(20), tiny.cache(20)])) == 3
 
 
 def test_mlx_lms_own_caches_are_still_quantised():

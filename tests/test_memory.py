@@ -2,7 +2,7 @@
 
 import pytest
 
-from zm_mlx import memory
+from zm_mlx.host import memory
 
 GB = 2**30
 
@@ -92,3 +92,13 @@ def test_macos_counts_the_working_set_less_what_mlx_holds(machine, monkeypatch):
     assert memory.free_bytes() == 6 * GB - memory.RESERVE
     monkeypatch.setattr(memory.mx, "get_active_memory", lambda: 40 * GB)
     assert memory.free_bytes() == 0
+
+
+def test_a_limit_of_the_address_space_counts(machine, monkeypatch):
+    machine("meminfo", meminfo(12))
+    machine("statm", "262144 1 1 1 0 1 0\n")
+    monkeypatch.setattr(memory, "STATM", memory.MEMINFO.parent / "statm")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (6 * GB, 6 * GB))
+    monkeypatch.setattr(memory.resource, "getpagesize", lambda: 4096)
+    assert memory.free_bytes() == 5 * GB - memory.RESERVE
+    assert memory.free_bytes(reserve=0) == 5 * GB

@@ -157,6 +157,18 @@ def test_more_than_1024_threads() -> None:
         run("o[0] = 1;", {}, {"o": ((1,), mx.float32)}, 1, 1025)
 
 
+def test_more_buffers_than_metal_takes() -> None:
+    kernel = metal_host.metal_kernel("planted", [f"a{i}" for i in range(31)], ["out"], "out[0] = a0;")
+    with pytest.raises(ValueError, match=r"planted.*32 buffers.*31"):
+        kernel(
+            inputs=list(range(31)),
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
+
+
 def test_kernel_that_does_not_end() -> None:
     source = "uint n = 1;\nwhile (n & 1)\n  n += 2;\no[0] = n;"
     for trace in (False, True):

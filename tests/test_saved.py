@@ -10,16 +10,17 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.utils import _get_classes
 
 import zm_mlx
-from zm_mlx import saved
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.policy import Policy
+from zm_mlx.host import saved
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import LayerShape
 
 SMALL = Policy(residual=2, staging=3)
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 
 
 def caches(rows=20, layers=2, policy=SMALL, **more):
-    return [ZeroMergeCache(rows, policy=policy, **more) for _ in range(layers)]
+    return [tiny.cache(rows, policy=policy, **more) for _ in range(layers)]
 
 
 @pytest.fixture
@@ -65,11 +66,12 @@ def test_generation_continues_with_the_same_tokens(path, model, rows, prefill):
     zm_mlx.save_prompt_cache(str(path), made)
     loaded = zm_mlx.load_prompt_cache(str(path), model)
     for a, b in zip(made, loaded, strict=True):
-        assert (b.offset, b.table, b.policy, b.prefill) == (a.offset, a.table, a.policy, a.prefill)
+        assert (b.offset, b.layout, b.policy, b.prefill) == (a.offset, a.layout, a.policy, a.prefill)
         assert b.nbytes == a.nbytes and b.layout == a.layout
     assert_same_greedy(model, made, loaded)
     if "prompt" in prefill:
-        assert loaded[0].prefill == "streaming" and loaded[0].nbytes == loaded[0].layout.nbytes(16, 16, 4)
+        assert loaded[0].prefill == "streaming"
+        assert loaded[0].nbytes == loaded[0].layout.nbytes(LayerShape(2, 16, 16, 4))
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=["float16", "bfloat16"])
@@ -80,7 +82,7 @@ def test_half_precision_continues_with_the_same_tokens(path, dtype, residual):
     tiny.feed(model, made, tiny.prompt(50), 9)
     zm_mlx.save_prompt_cache(path, made)
     loaded = zm_mlx.load_prompt_cache(path, model)
-    assert loaded[0].recent.keys.dtype == dtype
+    assert loaded[0].layer.recent.keys.dtype == dtype
     assert_same_greedy(model, made, loaded)
 
 
@@ -226,7 +228,7 @@ def test_a_file_of_another_16_bit_dtype_raises(path):
 
 
 def test_empty_caches_with_a_table_for_other_heads_raise(path, model):
-    zm_mlx.save_prompt_cache(path, caches([30, 30, 9]))
+    zm_mlx.save_prompt_cache(path, caches([30, 30, 9], heads=3))
     with pytest.raises(ValueError, match="saved for another model"):
         zm_mlx.load_prompt_cache(path, model)
 
@@ -272,7 +274,7 @@ def test_a_model_with_a_cache_list_continues_with_the_same_tokens(path, hybrid, 
     assert [[type(c) for c in layer.caches] for layer in loaded] == [[mlx_lm_cache.ArraysCache, ZeroMergeCache]] * 2
     for layer in loaded:
         inner = layer.caches[1]
-        assert (inner.kernels, inner.table, inner.offset) == ("ops", 40, prompt)
+        assert (inner.kernels, set(inner.layout.rows), inner.offset) == ("ops", {40}, prompt)
     assert_same_greedy(hybrid, made, loaded, more=50)
     assert [c.caches[1].kernels for c in zm_mlx.load_prompt_cache(path, hybrid, kernels="auto")] == ["auto"] * 2
 
@@ -296,7 +298,7 @@ def test_a_model_that_differs_inside_of_a_container_raises(path, hybrid, other, 
 
 
 def test_a_table_for_other_heads_inside_of_a_container_raises(path, hybrid):
-    mixed = [mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), ZeroMergeCache([30, 30, 9])) for _ in range(2)]
+    mixed = [mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), tiny.cache([30, 30, 9], 3)) for _ in range(2)]
     zm_mlx.save_prompt_cache(path, mixed)
     with pytest.raises(ValueError, match="another model: layer 0 has rows for KV heads: 3, the model needs 2"):
         zm_mlx.load_prompt_cache(path, hybrid)
@@ -305,11 +307,11 @@ def test_a_table_for_other_heads_inside_of_a_container_raises(path, hybrid):
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda: ZeroMergeCache(20),
-        lambda: mlx_lm_cache.CacheList(ZeroMergeCache(20), mlx_lm_cache.ArraysCache(2)),
-        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), ZeroMergeCache(20))),
-        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), ZeroMergeCache(20), mlx_lm_cache.KVCache()),
-        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(3), ZeroMergeCache(20)),
+        lambda: tiny.cache(20),
+        lambda: mlx_lm_cache.CacheList(tiny.cache(20), mlx_lm_cache.ArraysCache(2)),
+        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), tiny.cache(20))),
+        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(2), tiny.cache(20), mlx_lm_cache.KVCache()),
+        lambda: mlx_lm_cache.CacheList(mlx_lm_cache.ArraysCache(3), tiny.cache(20)),
     ],
     ids=["none", "other order", "deeper", "one more", "more arrays"],
 )
@@ -322,7 +324,7 @@ def test_another_container_raises_and_is_named(path, hybrid, layer):
 def test_nested_containers_go_round(path):
     q, k, v = tiny.tokens(0, 30)
     made = mlx_lm_cache.CacheList(
-        mlx_lm_cache.CacheList(ZeroMergeCache(20, policy=SMALL, kernels="ops"), mlx_lm_cache.ArraysCache(2)),
+        mlx_lm_cache.CacheList(tiny.cache(20, policy=SMALL, kernels="ops"), mlx_lm_cache.ArraysCache(2)),
         mlx_lm_cache.RotatingKVCache(8),
     )
     tiny.give(made[0][0], q, k, v)
@@ -337,7 +339,7 @@ def test_nested_containers_go_round(path):
 
 def test_another_sliding_window_raises(path):
     model = tiny.model()
-    full, sliding = ZeroMergeCache(20), mlx_lm_cache.RotatingKVCache(16)
+    full, sliding = tiny.cache(20), mlx_lm_cache.RotatingKVCache(16)
     model.make_cache = lambda: [mlx_lm_cache.KVCache(), mlx_lm_cache.RotatingKVCache(8)]
     zm_mlx.save_prompt_cache(path, [full, sliding])
     with pytest.raises(ValueError, match="saved for another model: layer 1 has max_size 16, the model needs 8"):
@@ -363,7 +365,7 @@ def test_a_pending_update_is_not_saved(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("foreign", [None, "KVCache", mlx_lm_cache.CacheList(ZeroMergeCache(20), 5)])
+@pytest.mark.parametrize("foreign", [None, "KVCache", mlx_lm_cache.CacheList(tiny.cache(20), 5)])
 def test_what_is_no_cache_is_not_saved(path, foreign):
     with pytest.raises(ValueError, match=r"must be one of mlx-lm or zm_mlx, not ('KVCache'|None|5)"):
         zm_mlx.save_prompt_cache(path, [*caches(), foreign])

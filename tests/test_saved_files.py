@@ -16,15 +16,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 import zm_mlx
-from zm_mlx import saved
-from zm_mlx.cache import ZeroMergeCache
-from zm_mlx.policy import Policy
+from zm_mlx.host import saved
+from zm_mlx.policies import Policy
 
 NOTES = {"model": "some/model", "tokenizer_config": '{"trust_remote_code": null}', "empty": ""}
 
 
 def caches(rows=20, layers=2):
-    return [ZeroMergeCache(rows, policy=Policy(residual=2, staging=3)) for _ in range(layers)]
+    return [tiny.cache(rows, policy=Policy(residual=2, staging=3)) for _ in range(layers)]
 
 
 @pytest.fixture
@@ -232,7 +231,7 @@ def test_a_file_without_a_checksum_raises_and_says_another_version(path, model, 
 
 
 def test_a_file_of_another_format_version_raises(path, model, monkeypatch):
-    monkeypatch.setattr("zm_mlx.cache.FORMAT", 12345)
+    monkeypatch.setattr("zm_mlx.packed.FORMAT", 12345)
     zm_mlx.save_prompt_cache(path, caches())
     monkeypatch.undo()
     assert_refused(path, model, "another version of zm_mlx")
@@ -256,7 +255,7 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, model, target
         link.symlink_to(Path("folder", real.name) if target == "relative" else real)
     zm_mlx.save_prompt_cache(link, caches(40))
     assert link.is_symlink() and not real.is_symlink() and os.listdir(folder) == [real.name]
-    assert zm_mlx.load_prompt_cache(link, model)[0].table == 40
+    assert zm_mlx.load_prompt_cache(link, model)[0].layout.capacity == 40
 
 
 def test_a_link_to_itself_raises_and_stays(path):
@@ -375,5 +374,5 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(file, monkeypatch)
 
 def test_saving_twice_replaces_the_file_and_leaves_nothing_behind(file, model):
     zm_mlx.save_prompt_cache(file, caches(40))
-    assert zm_mlx.load_prompt_cache(file, model)[0].table == 40
+    assert zm_mlx.load_prompt_cache(file, model)[0].layout.capacity == 40
     assert os.listdir(file.parent) == [file.name]

@@ -1,13 +1,17 @@
 """Tiny random inputs and models for the tests, and how to compare caches; the seed decides everything."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import twin
 from mlx_lm.models import llama
 
-from zm_mlx.cache import ZeroMergeCache
+from zm_mlx.host.cache import ZeroMergeCache
+from zm_mlx.policies import Policy
+from zm_mlx.state.layout import Layout
+from zm_mlx.state.state import State
 
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
@@ -101,6 +105,12 @@ def tokens(
     return tuple(mx.array(x.astype(np.float32)).astype(dtype) for x in (q, k, v))
 
 
+def cache(rows: int | Sequence[int], heads: int = 2, policy: Policy | None = None, **more) -> ZeroMergeCache:
+    """A cache of N rows per head, one number for all heads or one a head."""
+    policy = policy or Policy()
+    return ZeroMergeCache(policy.layout(rows, heads), policy=policy, **more)
+
+
 def give(cache: ZeroMergeCache, q: mx.array, k: mx.array, v: mx.array, size: int = 10**9, **more) -> mx.array:
     """Outputs of a cache for tokens given in chunks of ``size``, or of the sizes in a list."""
     length = q.shape[2]
@@ -131,31 +141,61 @@ def twin_of(cache: ZeroMergeCache, **more) -> twin.Cache:
     return twin.Cache(a.residual, a.context, a.proximity, a.staging, **{**how, **more})
 
 
+class Rows(NamedTuple):
+    """Filled rows of one head: keys [n, D], values [n, Dv], weight [n], score [n], position [n] (-1 if merged)."""
+
+    keys: mx.array
+    values: mx.array
+    weight: mx.array
+    score: mx.array
+    position: mx.array
+
+
+def rows_of(state: State, layout: Layout, head: int, batch: int = 0) -> Rows:
+    """The filled rows of one of the model's heads: kept rows, then recent ones."""
+    stored, filled = layout.order.index(head), state.filled
+    begin, end = layout.starts[stored : stored + 2]
+    rows = slice(begin, min(end, begin + state.departed))
+    kept = (*state.kept.rows, state.kept.weight, state.scores.kept, state.kept.position)
+    keys, values, score = (x[batch, stored, :filled] for x in (*state.recent, state.scores.recent))
+    position = mx.arange(state.departed, state.departed + filled, dtype=mx.int32)
+    pairs = zip(kept, (keys, values, mx.ones((filled,)), score, position), strict=True)
+    return Rows(*[mx.concatenate([x[batch, rows], y]) for x, y in pairs])
+
+
+def held(cache: ZeroMergeCache, head: int, batch: int = 0) -> Rows:
+    """The filled rows of one of the model's heads in a cache that has seen tokens."""
+    return rows_of(cache.layer, cache.layout, head, batch)
+
+
 def assert_equals_twin(cache: ZeroMergeCache, made: list[twin.Cache]) -> None:
     """Rows, their order, weights, positions, scores and spreads of every head equal the twin's."""
     for b, sequence in enumerate(made):
         assert cache.offset == sequence.seen
         for h, head in enumerate(sequence.heads):
-            held = cache.held(h, b)
+            found = held(cache, h, b)
             keys, values, weight, spread = head.arrays()
-            assert held.weight.tolist() == weight.tolist()
-            assert held.position.tolist() == [-1] * len(head.merged) + [r.tokens[0] for r in head.raw]
-            np.testing.assert_allclose(f64(held.keys), keys, atol=2e-5)
-            np.testing.assert_allclose(f64(held.values), values, atol=2e-5)
-            np.testing.assert_allclose(f64(held.score), [r.score for r in head.rows], atol=2e-4, rtol=2e-4)
+            assert found.weight.tolist() == weight.tolist()
+            assert found.position.tolist() == [-1] * len(head.merged) + [r.tokens[0] for r in head.raw]
+            np.testing.assert_allclose(f64(found.keys), keys, atol=2e-5)
+            np.testing.assert_allclose(f64(found.values), values, atol=2e-5)
+            np.testing.assert_allclose(f64(found.score), [r.score for r in head.rows], atol=2e-4, rtol=2e-4)
             if head.merged:
-                found = f64(cache.kept.spread[b, cache.layout.order.index(h)])
-                np.testing.assert_allclose(found, spread[: len(head.merged)], rtol=1e-3, atol=1e-5)
+                residual = f64(cache.layer.residuals.spread[b, cache.layout.order.index(h)])
+                np.testing.assert_allclose(residual, spread[: len(head.merged)], rtol=1e-3, atol=1e-5)
 
 
 def state_of(cache: ZeroMergeCache, b: slice = slice(None)) -> list[np.ndarray]:
-    """The live part of all arrays of some sequences."""
-    recent = [x[b, :, : cache.live] for x in cache.recent]
-    return [f64(x) for x in (*recent, *(x[b] for x in cache.kept))]
+    """The filled part of all arrays of some sequences."""
+    state = cache.layer
+    recent = [x[b, :, : state.filled] for x in (*state.recent, state.scores.recent)]
+    kept = (*state.kept.rows, *state.kept[1:], state.scores.kept, *state.residuals)
+    return [f64(x) for x in (*recent, *(x[b] for x in kept))]
 
 
 def assert_same_state(a: ZeroMergeCache, b: ZeroMergeCache, which: slice = slice(None)) -> None:
     """``a`` equals the sequences ``which`` of ``b``, up to float32 rounding."""
-    assert (a.offset, a.left, a.live, a.staged) == (b.offset, b.left, b.live, b.staged)
+    for clock in ("departed", "filled", "since_compaction"):
+        assert getattr(a.layer, clock) == getattr(b.layer, clock), clock
     for x, y in zip(state_of(a), state_of(b, which), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4, rtol=2e-4)

@@ -2,12 +2,12 @@
 
 from . import interrupts  # noqa: F401 - before all that takes seconds to load
 from .budget import Budget
-from .cache import ZeroMergeCache
 from .errors import UnsupportedModelError
-from .hook import register
-from .plan import Plan, make_prompt_cache, plan_cache
-from .policy import Policy
-from .saved import load_prompt_cache, save_prompt_cache
+from .host.cache import ZeroMergeCache
+from .host.hook import register
+from .host.plan import Plan, make_prompt_cache, plan_cache
+from .host.saved import load_prompt_cache, save_prompt_cache
+from .policies import Policy
 
 __version__ = "0.1.0"
 __all__ = [

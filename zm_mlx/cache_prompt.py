@@ -15,16 +15,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import caches, flags, prompts
-from .caches import CacheSet, Wish
+from . import flags, prompts
 from .engine import Engine
 from .errors import UserError
 from .flags import DEFAULT_MODEL
+from .host import caches
+from .host.caches import CacheSet, Wish
+from .host.plan import context_of
+from .host.saved import save_prompt_cache
 from .interrupts import INTERRUPTED
 from .loading import Source, load_model, load_vocabulary
-from .plan import context_of
 from .report import plan_lines, size
-from .saved import save_prompt_cache
 from .terminal import complain, guarded, prefill_bar, say, warn
 
 COMMAND = "zm_mlx.cache_prompt"
@@ -70,35 +71,35 @@ def _cache_prompt(argv: list[str] | None) -> int:
     tokens = prompts.encode_open(tokenizer, text)
     engine = Engine(load_model(source), tokenizer, source.name)
 
-    made = caches.fresh(engine.model, "zeromerge", Wish(args.kv_budget, args.prefill), len(tokens), ROOM)
+    cache_set = caches.fresh(engine.model, "zeromerge", Wish(args.kv_budget, args.prefill), len(tokens), ROOM)
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:
         warn(f"{len(tokens)} tokens are more than the {context} that the model was trained on")
-    if made.plan is not None:
-        say("\n".join(plan_lines(made.plan)))
+    if cache_set.plan is not None:
+        say("\n".join(plan_lines(cache_set.plan)))
     try:
-        _fill(engine, tokens, made)
+        _fill(engine, tokens, cache_set)
     except KeyboardInterrupt:
-        complain(COMMAND, f"interrupted after {made.seen or 0} of {len(tokens)} tokens, nothing was saved")
+        complain(COMMAND, f"interrupted after {cache_set.seen or 0} of {len(tokens)} tokens, nothing was saved")
         return INTERRUPTED
-    say(f"Seen: {made.seen} tokens, {made.state}")
+    say(f"Seen: {cache_set.seen} tokens, {cache_set.state}")
     say(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
-    _save(file, made, {"model": source.name, "tokenizer_config": json.dumps(_settings(source))})
+    _save(file, cache_set, {"model": source.name, "tokenizer_config": json.dumps(_settings(source))})
     say(f"Saved: {size(Path(file).stat().st_size)} in {file}")
     return 0
 
 
-def _fill(engine: Engine, tokens: list[int], made: CacheSet) -> None:
+def _fill(engine: Engine, tokens: list[int], cache_set: CacheSet) -> None:
     bar = prefill_bar(len(tokens), True)
     try:
-        engine.prefill(tokens, made.every, lambda done, _: bar.update(done - bar.n))
+        engine.prefill(tokens, cache_set.every, lambda done, _: bar.update(done - bar.n))
     finally:
         bar.close()
 
 
-def _save(file: str, made: CacheSet, metadata: dict[str, str]) -> None:
+def _save(file: str, cache_set: CacheSet, metadata: dict[str, str]) -> None:
     try:
-        save_prompt_cache(file, made.every, metadata)
+        save_prompt_cache(file, cache_set.every, metadata)
     except (OSError, ValueError) as failure:
         raise UserError(f"--prompt-cache-file: {failure}") from failure
 

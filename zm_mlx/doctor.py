@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
@@ -19,12 +19,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import __version__, backend
-from .kernels import check
-from .kernels._common import metal_folder
+from . import __version__
+from .ops import check
+from .ops.choose import has_metal
+from .ops.kernels._common import DTYPES, HEAD_DIMS, metal_folder
 
-DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 7)
 REPEATS = 5
 
@@ -55,16 +54,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rows < 64:
         parser.error(f"--rows must be 64 or more, not {args.rows}")
-    rows = examine(args.rows) if backend.has_metal() else []
+    rows = examine(args.rows) if has_metal() else []
     if args.json:
-        print(json.dumps({"machine": machine(), "metal": backend.has_metal(), "rows": [asdict(r) for r in rows]}))
+        print(json.dumps({"machine": machine(), "metal": has_metal(), "rows": [asdict(r) for r in rows]}))
     else:
         print(table(rows))
     print(summary(rows), file=sys.stderr if args.json else sys.stdout)
     return 1 if any(r.complaint for r in rows) else 0
 
 
-def examine(count: int, dtypes: Any = DTYPES, head_dims: Any = HEAD_DIMS, groups: Any = GROUPS) -> list[Row]:
+def examine(
+    count: int,
+    dtypes: Sequence[mx.Dtype] = DTYPES,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    groups: Sequence[int] = GROUPS,
+) -> list[Row]:
     """All kernels over all combinations, ``count`` rows per head."""
     found = []
     for name, dtype, dim, group in tqdm(
@@ -82,16 +86,16 @@ def examine(count: int, dtypes: Any = DTYPES, head_dims: Any = HEAD_DIMS, groups
 
 
 def _times(name: str, case: check.Case) -> tuple[float, float]:
-    arguments, how = check.inputs(name, case)
-    return _milliseconds(check.kernel_of(name), arguments, how), _milliseconds(check.twin_of(name), arguments, how)
+    given = check.problem(name, case)
+    mx.eval(given.call.queries, given.state, given.importance)
+    return _milliseconds(name, check.kernel_of(name), given), _milliseconds(name, check.twin_of(name), given)
 
 
-def _milliseconds(call: Callable[..., Any], arguments: list[Any], how: dict[str, Any]) -> float:
-    mx.eval(arguments)
+def _milliseconds(name: str, operation: Callable[..., Any], given: check.Problem) -> float:
     taken = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        mx.eval(call(*arguments, **how))
+        mx.eval(check.results(name, operation, given))
         taken.append(1e3 * (time.perf_counter() - begin))
     return median(taken)
 

@@ -10,17 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import caches, flags, prompts
-from .caches import ROTATING_KEEP, CacheSet, Wish
+from . import flags, prompts
 from .engine import Engine, Settings, mlx_lm_generate, random_state
 from .errors import UserError
 from .flags import DEFAULT_MODEL
+from .host import caches
+from .host.caches import ROTATING_KEEP, CacheSet, Wish
+from .host.model_caches import zero_merge
+from .host.plan import context_of
+from .host.saved import read
 from .interrupts import INTERRUPTED
 from .loading import Source, load_model, load_vocabulary, saved_source
-from .model_caches import zero_merge
-from .plan import context_of
 from .report import Run, comparison, plan_lines, run_lines
-from .saved import read
 from .terminal import guarded, prefill_bar, say, warn
 
 __all__ = ["DEFAULT_MODEL", "INTERRUPTED", "ROTATING_KEEP", "main", "mlx_lm_generate", "setup_arg_parser"]
@@ -56,23 +57,24 @@ def _generate(argv: list[str] | None) -> int:
     flags.check(args)
     _check(args)
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
-    engine, tokens, held = _load(args, settings)
-    _warn_of_context(context_of(engine.model), held + len(tokens), settings.max_tokens)
-    wish = Wish(args.kv_budget, args.prefill)
+    engine, tokens, saved_tokens = _load(args, settings)
+    _warn_of_context(context_of(engine.model), saved_tokens + len(tokens), settings.max_tokens)
+    one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
+    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill)
     if args.prompt_cache_file is not None:
-        made = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
+        cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
-        made = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
-    if args.verbose and made.plan is not None and made.kind == "zeromerge":
-        say("\n".join(plan_lines(made.plan)))
-    runs = (_compare if args.compare else _once)(engine, tokens, made, settings, args.verbose)
+        cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
+    if args.verbose and cache_set.plan is not None and cache_set.kind == "zeromerge":
+        say("\n".join(plan_lines(cache_set.plan)))
+    runs = (_compare if args.compare else _once)(engine, tokens, cache_set, settings, args.verbose)
     if args.verbose:
         say("=" * 10)
         say("\n".join(run_lines(runs[-1])))
         if len(runs) == 2:
             say("\n".join(comparison(runs[0], runs[1], engine.tokenizer.decode)))
     if args.json:
-        say(json.dumps(_document(engine.name, runs, made, args.compare)))
+        say(json.dumps(_document(engine.name, runs, cache_set, args.compare)))
     return INTERRUPTED if runs[-1].finish_reason == "interrupted" else 0
 
 
@@ -86,7 +88,7 @@ def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[in
     options = flags.template_options(args.chat_template_config)
     chat = prompts.Chat(args.system_prompt, args.prefill_response, options, args.ignore_chat_template)
     text = _prompt(args.prompt, args.prompt_file)
-    held, metadata = _saved(args.prompt_cache_file)
+    saved_tokens, metadata = _saved(args.prompt_cache_file)
     source = _source(args, metadata)
     vocabulary = load_vocabulary(source)
     flags.check_vocabulary(settings.sampling, vocabulary.size)
@@ -94,34 +96,34 @@ def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[in
         vocabulary.add_eos(token)
     if args.use_default_chat_template and not vocabulary.tokenizer.has_chat_template:
         raise UserError("--use-default-chat-template: this model's tokenizer has no chat template")
-    tokens = (prompts.encode_rest if held else prompts.encode)(vocabulary.tokenizer, text, chat)
+    tokens = (prompts.encode_rest if saved_tokens else prompts.encode)(vocabulary.tokenizer, text, chat)
     if settings.sampling.seed is not None:
         mx.random.seed(settings.sampling.seed)
-    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, held
+    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, saved_tokens
 
 
-def _once(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
-    return [_run(engine, tokens, made, settings, verbose)]
+def _once(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
+    return [_run(engine, tokens, cache_set, settings, verbose)]
 
 
-def _compare(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
-    """A run with the full cache and, unless it was interrupted, one with ``made``; both draw the same numbers."""
+def _compare(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
+    """A run with the full cache and, unless it was interrupted, one with ``cache_set``; both draw the same numbers."""
     state = random_state()
     _heading("full cache", verbose)
-    first = _run(engine, tokens, caches.full(engine.model, made.plan), settings, verbose)
+    first = _run(engine, tokens, caches.full(engine.model, cache_set.plan), settings, verbose)
     if first.finish_reason == "interrupted":
         return [first]
     _heading("zeromerge", verbose)
     mx.random.seed(state)
-    return [first, _run(engine, tokens, made, settings, verbose)]
+    return [first, _run(engine, tokens, cache_set, settings, verbose)]
 
 
-def _run(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, verbose: bool) -> Run:
+def _run(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> Run:
     """Generate once, streaming the text; Ctrl-C ends it with what there is."""
     mx.reset_peak_memory()
     if verbose:
         say("=" * 10)
-    run = Run(made.kind, len(tokens))
+    run = Run(cache_set.kind, len(tokens))
     bar = prefill_bar(len(tokens), verbose)
 
     def progress(done: int, total: int) -> None:
@@ -131,7 +133,7 @@ def _run(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, 
             bar.close()
 
     try:
-        for response in engine.generate(tokens, made.every, settings, progress):
+        for response in engine.generate(tokens, cache_set.every, settings, progress):
             run.add(response)
             if verbose:
                 say(response.text, end="")
@@ -140,7 +142,7 @@ def _run(engine: Engine, tokens: list[int], made: CacheSet, settings: Settings, 
     finally:
         bar.close()
     say("" if verbose else run.text)
-    run.close(made)
+    run.close(cache_set)
     return run
 
 
@@ -151,6 +153,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--compare sets the full cache beside --cache zeromerge, without --prompt-cache-file")
     if saved and args.cache != "zeromerge":
         raise UserError(f"--prompt-cache-file continues a ZeroMerge cache, so --cache {args.cache} does not go with it")
+    if args.prefill == "exact" and args.prefill_step_size == 1:
+        raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:
         raise UserError(
             "--system-prompt does not go with --prompt-cache-file: the saved prompt holds already what comes before"
@@ -200,15 +204,15 @@ def _warn_of_context(context: int | None, prompt: int, max_tokens: int) -> None:
         )
 
 
-def _document(model: str, runs: list[Run], made: CacheSet, compare: bool) -> dict[str, Any]:
+def _document(model: str, runs: list[Run], cache_set: CacheSet, compare: bool) -> dict[str, Any]:
     document = {"model": model, **runs[-1].as_dict()}
-    if made.plan is not None and made.kind == "zeromerge":
+    if cache_set.plan is not None and cache_set.kind == "zeromerge":
         document["budget"] = {
-            "rows": [list(a.rows) for a in made.plan.layouts],
-            "bytes": made.plan.nbytes,
-            "reason": made.plan.budget_reason,
+            "rows": [list(a.rows) for a in cache_set.plan.layouts],
+            "bytes": cache_set.plan.nbytes,
+            "reason": cache_set.plan.budget_reason,
         }
-        document["prefill"] = {"mode": made.plan.prefill, "reason": made.plan.prefill_reason}
+        document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}
     if compare:
         document["full"] = runs[0].as_dict()
     return document

@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .caches import CacheSet
-from .layout import Layout
-from .plan import Plan
+from .host.caches import CacheSet
+from .host.plan import Plan
+from .state.layout import Layout
 
 
 @dataclass
@@ -99,7 +99,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """The effective budget of each run of equal layers, and how the prompt is taken."""
     lines = []
     begin = 0
-    each = [(a, a.nbytes(s.head_dim, s.value_dim, s.itemsize)) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
+    each = [(a, a.nbytes(s)) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
     for i, layer in enumerate(each):
         if i + 1 < len(each) and each[i + 1] == layer:
             continue

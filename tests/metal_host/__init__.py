@@ -154,6 +154,8 @@ class _Kernel:
                 f"kernel '{source.name}': thread group size ({threads}) is greater than "
                 "the maximum allowed threads per threadgroup (1024)"
             )
+        if (buffers := len(source.parameters)) > 31:
+            raise ValueError(f"kernel '{source.name}': {buffers} buffers, and Metal takes 31 at most")
         mx.eval(arrays)
         results, statistics = launch(
             source,

@@ -1,0 +1,179 @@
+"""The KV caches of one generation, by name: this package's, mlx-lm's own ones, or saved ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+
+from ..budget import Budget
+from ..errors import UnsupportedModelError, UserError
+from .cache import ZeroMergeCache
+from .hook import replace_caches
+from .model_caches import members, zero_merge
+from .plan import Plan, context_of, plan_cache
+from .saved import load_prompt_cache
+
+ROTATING_KEEP = 4  # first tokens that mlx-lm's rotating cache never overwrites, mlx-lm's own number
+
+Kind = Literal["zeromerge", "full", "rotating", "quantized"]
+Taking = Literal["auto", "exact", "streaming"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the caches: a budget (``None`` for the default) and how the prompt is taken."""
+
+    budget: str | None = None
+    prefill: Taking = "auto"
+
+
+@dataclass
+class CacheSet:
+    """All caches of a model (``every``, one a layer) and those that grow in mlx-lm (``growing``, or in their place)."""
+
+    kind: Kind
+    every: list[Any]
+    growing: list[Any]
+    plan: Plan | None = None
+    before: int = field(init=False)  # tokens held when it was made
+
+    def __post_init__(self) -> None:
+        self.before = self.seen or 0
+
+    @property
+    def seen(self) -> int | None:
+        """Tokens that all layers have taken; ``None`` where no cache counts them."""
+        return min((int(c.offset) for c in self.growing), default=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all caches hold now."""
+        return _nbytes(list(members(self.every)))
+
+    @property
+    def full_bytes(self) -> int | None:
+        """Bytes that full caches would hold of the same tokens, and the bounded caches; ``None`` if unknown."""
+        if self.kind == "full":
+            return self.nbytes
+        if self.plan is None or self.seen is None:
+            return None
+        return self.plan.full_bytes(self.seen) + self.nbytes - _nbytes(self.growing)
+
+    @property
+    def state(self) -> str | None:
+        """What has become of the tokens so far; ``None`` for caches of mlx-lm."""
+        own = [c for c in self.growing if isinstance(c, ZeroMergeCache)]
+        if not own or self.seen is None:
+            return None
+        if any(c.prefill == "exact" for c in own):
+            return "held whole, to be compressed at the prompt's end"
+        if any(c.offset > c.layout.capacity for c in own):
+            return "compressed"
+        return "not compressed, everything fits"
+
+
+def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int, max_tokens: int) -> CacheSet:
+    """Empty caches for a prompt; the plan is what ZeroMerge's would follow, also for the other kinds.
+
+    Raises:
+        UserError: the budget does not work.
+        UnsupportedModelError: the model cannot be served (with ``full`` it can).
+    """
+    context = context_of(model)
+    unlimited = max(0, (context or 0) - prompt_tokens)
+    try:
+        plan = plan_cache(
+            model,
+            wish.budget or "auto",
+            prompt_length=prompt_tokens,
+            prefill=wish.prefill,
+            max_tokens=max_tokens if max_tokens > 0 else unlimited,
+        )
+    except UnsupportedModelError:
+        if kind != "full":
+            raise
+        plan = None
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--kv-budget: {error}") from error
+    if kind == "full" or plan is None:
+        return full(model, plan)
+    return zeromerge(model, plan) if kind == "zeromerge" else rotating(model, [a.capacity for a in plan.layouts], plan)
+
+
+def zeromerge(model: nn.Module, plan: Plan) -> CacheSet:
+    """This package's caches."""
+    every = plan.caches(model)
+    return CacheSet("zeromerge", every, list(zero_merge(every)), plan)
+
+
+def full(model: nn.Module, plan: Plan | None = None) -> CacheSet:
+    """mlx-lm's own caches."""
+    every = make_prompt_cache(model)
+    return CacheSet("full", every, [c for c in members(every) if type(c) is KVCache], plan)
+
+
+def rotating(model: nn.Module, rows: Sequence[int], plan: Plan | None = None) -> CacheSet:
+    """mlx-lm's caches of the newest tokens, with these rows in each layer."""
+    return _instead("rotating", model, lambda i: RotatingKVCache(rows[i], keep=ROTATING_KEEP), plan)
+
+
+def quantized(model: nn.Module, bits: int, groups: Sequence[int]) -> CacheSet:
+    """mlx-lm's caches of quantised numbers, as many of which share a scale as ``groups`` says of each layer."""
+    return _instead("quantized", model, lambda i: QuantizedKVCache(groups[i], bits))
+
+
+def continued(model: nn.Module, file: str, wish: Wish, prompt_tokens: int) -> CacheSet:
+    """The caches of a saved prompt, whose budget holds.
+
+    Raises:
+        UserError: the file does not fit the model, or the wish does not fit the file.
+    """
+    try:
+        every = load_prompt_cache(file, model)
+    except UnsupportedModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompt-cache-file: {error}") from error
+    own = zero_merge(every)
+    tables = {c.layout.rows for c in own}
+    if wish.budget is not None and any(Budget.parse(wish.budget) != _budget(t) for t in tables):
+        rows = ", ".join(sorted({str(t[0]) if len(set(t)) == 1 else str(list(t)) for t in tables}))
+        raise UserError(
+            f"--kv-budget {wish.budget} differs from the budget that --prompt-cache-file {file} was saved with "
+            f"({rows} rows per head): leave --kv-budget out"
+        )
+    if wish.prefill == "exact":
+        for cache in own:
+            try:
+                cache.begin_prompt(prompt_tokens)
+            except ValueError as error:
+                raise UserError(f"--prefill exact with --prompt-cache-file {file}: {error}") from error
+    return CacheSet("zeromerge", every, list(own))
+
+
+def _instead(kind: Kind, model: nn.Module, make: Callable[[int], Any], plan: Plan | None = None) -> CacheSet:
+    """``make(i)`` in place of the i-th cache that grows in mlx-lm."""
+    made: list[Any] = []
+
+    def one(i: int) -> Any:
+        made.append(make(i))
+        return made[-1]
+
+    return CacheSet(kind, replace_caches(make_prompt_cache(model), one), made, plan)
+
+
+def _budget(rows: tuple[int, ...]) -> Budget | None:
+    return Budget("rows", rows[0]) if len(set(rows)) == 1 else None
+
+
+def _nbytes(caches: list[Any]) -> int:
+    return sum(c.nbytes for c in caches if not _empty(c))
+
+
+def _empty(cache: Any) -> bool:
+    try:
+        return bool(cache.empty())
+    except (AttributeError, NotImplementedError):
+        return False

@@ -1,0 +1,135 @@
+"""Attaches the cache to any mlx-lm model.
+
+mlx-lm's models call one function, ``scaled_dot_product_attention`` of ``mlx_lm.models.base``, with
+their cache as an argument. It is replaced by one that looks at the cache: a ``ZeroMergeCache``
+attends itself, every other cache gets mlx-lm's own function, untouched.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..errors import UnsupportedModelError
+from .cache import ZeroMergeCache
+from .model_caches import zero_merge
+
+mlx_lm_generate: Any = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
+
+NAME = "scaled_dot_product_attention"
+BOUNDED = (mlx_lm_cache.RotatingKVCache, mlx_lm_cache.ChunkedKVCache, mlx_lm_cache.ArraysCache)
+
+_original: Callable[..., mx.array] = base.scaled_dot_product_attention
+_original_quantize: Callable[..., None] = mlx_lm_generate.maybe_quantize_kv_cache
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache``."""
+    if isinstance(cache, ZeroMergeCache):
+        _require_causal(mask, queries.shape[2])
+        return cache.attend(queries, keys, values, scale, sinks)
+    return _original(queries, keys, values, cache, scale, mask, sinks)
+
+
+def quantize(prompt_cache: list[Any], quantized_kv_start: int, kv_group_size: int, kv_bits: int | None) -> None:
+    """mlx-lm's ``maybe_quantize_kv_cache``, which generation calls after each of its calls of the model.
+
+    Raises:
+        ValueError: ``kv_bits`` is given with a ``ZeroMergeCache``. mlx-lm would ignore it until
+            ``quantized_kv_start``, and inside of a ``CacheList`` for ever.
+    """
+    if kv_bits is not None and zero_merge(prompt_cache):
+        raise ValueError(
+            f"kv_bits={kv_bits} (--kv-bits) does not work with a ZeroMerge cache: leave it out, or use the full cache"
+        )
+    _original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
+def register() -> None:
+    """Hook every mlx-lm model module, loaded or yet to come; let mlx-lm's loader find the cache class."""
+    base.scaled_dot_product_attention = attention
+    mlx_lm_generate.maybe_quantize_kv_cache = quantize
+    mlx_lm_cache.ZeroMergeCache = ZeroMergeCache
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models."):
+            _rebind(vars(module))
+
+
+def attach(model: nn.Module) -> None:
+    """Hook the modules that a model's classes come from, wherever they live."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            for member in vars(cls).values():
+                if isinstance(member, FunctionType):
+                    _rebind(member.__globals__)
+
+
+def _rebind(names: dict[str, Any]) -> None:
+    if names.get(NAME) is _original:
+        names[NAME] = attention
+
+
+def replace_caches(caches: list[Any], make: Callable[[int], ZeroMergeCache | None]) -> list[Any]:
+    """A model's own caches with ``make(i)`` in place of its i-th plain ``KVCache`` (``None`` keeps it).
+
+    Sliding-window, recurrent and other bounded caches stay; members of a ``CacheList`` are replaced too.
+
+    Raises:
+        UnsupportedModelError: a cache is of a type that may grow with every token.
+    """
+    count = 0
+
+    def replace(cache: Any) -> Any:
+        nonlocal count
+        if type(cache) is mlx_lm_cache.CacheList:
+            return mlx_lm_cache.CacheList(*(replace(c) for c in cache.caches))
+        if type(cache) is not mlx_lm_cache.KVCache:
+            if not isinstance(cache, BOUNDED):
+                raise UnsupportedModelError(f"it has a {type(cache).__name__}, which may grow with every token")
+            return cache
+        count += 1
+        return make(count - 1) or cache
+
+    return [replace(c) for c in caches]
+
+
+def _require_causal(mask: Any, length: int) -> None:
+    """Require that a mask for ``length`` new tokens means "causal" and nothing else, which is what the cache does.
+
+    Raises:
+        UnsupportedModelError: it means something else.
+    """
+    if isinstance(mask, mx.array):
+        causal = _is_causal(mask, length)
+    else:
+        causal = mask == "causal" or (mask is None and length == 1)
+    if not causal:
+        raise UnsupportedModelError(
+            "its attention has another mask than the causal one (a sliding window, a bias on the scores, or none)"
+        )
+
+
+def _is_causal(mask: mx.array, length: int) -> bool:
+    """Whether an array mask over ``length`` new tokens means "causal" and nothing else."""
+    if mask.shape[-1] != length:
+        return False
+    if length == 1:  # a bias on a single key changes nothing, and decoding must not wait for its value
+        return True
+    visible = mask if mask.dtype == mx.bool_ else mask == 0
+    hidden = ~mask if mask.dtype == mx.bool_ else mask < -1e3
+    causal = mx.tri(length).astype(mx.bool_)
+    return bool(mx.all((visible == causal) & (hidden == ~causal)).item())

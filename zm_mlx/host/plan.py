@@ -1,0 +1,202 @@
+"""What a request gets: rows per layer, the way its prompt is taken, and why; then the caches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
+
+from ..budget import Budget, Request, largest, resolve, total_bytes
+from ..ops.choose import Mode
+from ..phases import Prefill
+from ..policies import Policy
+from ..state.layout import LayerShape, Layout
+from .cache import ZeroMergeCache
+from .hook import replace_caches
+from .memory import free_bytes
+from .probe import probe
+
+HeadRows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resolved settings for one model and one request; ``caches(model)`` makes what it describes."""
+
+    layouts: tuple[Layout, ...]
+    shapes: tuple[LayerShape, ...]
+    policy: Policy
+    prefill: Prefill
+    prompt_length: int | None
+    budget_reason: str
+    prefill_reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ZeroMerge caches of one sequence."""
+        return total_bytes(self.layouts, self.shapes)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens up to which nothing is compressed."""
+        return min(a.capacity for a in self.layouts)
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes that uncompressed caches of the same layers would hold for ``tokens`` tokens."""
+        return tokens * sum(s.token_bytes for s in self.shapes)
+
+    def caches(self, model: nn.Module, kernels: Mode | None = None) -> list[Any]:
+        """One cache per layer of the model, for its ``cache`` or mlx-lm's ``prompt_cache`` argument."""
+
+        def make(i: int) -> ZeroMergeCache:
+            return ZeroMergeCache(
+                self.layouts[i],
+                policy=self.policy,
+                prefill=self.prefill,
+                prompt_length=self.prompt_length,
+                kernels=kernels,
+            )
+
+        return replace_caches(mlx_lm_make_prompt_cache(model), make)
+
+
+def plan_cache(
+    model: nn.Module,
+    kv_budget: str | int | float | Budget | None = "auto",
+    *,
+    prompt_length: int | None = None,
+    prefill: Literal["auto", "exact", "streaming"] = "auto",
+    max_tokens: int = 0,
+    head_rows: HeadRows | None = None,
+    policy: Policy | None = None,
+) -> Plan:
+    """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``."""
+    if prefill not in ("auto", "exact", "streaming"):
+        raise ValueError(f"prefill must be 'auto', 'exact' or 'streaming', not {prefill!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an mlx-lm model, as mlx_lm.load returns it, not {model!r}")
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a zm_mlx.Policy, not {policy!r}")
+    if prompt_length is not None and not (isinstance(prompt_length, int) and prompt_length >= 1):
+        raise ValueError(f"prompt_length must be 1 token or more, not {prompt_length!r}")
+    if not (isinstance(max_tokens, int) and max_tokens >= 0):
+        raise ValueError(f"max_tokens must be 0 tokens or more, not {max_tokens!r}")
+    if prefill == "exact" and prompt_length is None:
+        raise ValueError("prefill='exact' ends with the prompt: give prompt_length, or take prefill='streaming'")
+    policy = policy or Policy()
+    shapes = probe(model)
+    other = _other_bytes(model, shapes[0])
+    free = free_bytes()
+    if head_rows is not None and kv_budget is not None:
+        raise ValueError("head_rows says the rows of every head: give kv_budget=None with it")
+    if head_rows is None and kv_budget is None:
+        raise ValueError("kv_budget must be given unless head_rows is")
+    budget = Budget.of_heads(head_rows) if head_rows is not None else Budget.parse(kv_budget or "auto")
+    request = Request(prompt_length, max_tokens, context_of(model), free, other)
+    resolved = resolve(budget, shapes, policy, request)
+    draft = Plan(resolved.layouts, tuple(shapes), policy, "streaming", prompt_length, resolved.reason, "as asked")
+    _require_room(draft, prefill, other)
+    taken, why = _choose_prefill(draft, prefill, free)
+    return replace(draft, prefill=taken, prefill_reason=why)
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    kv_budget: str | int | float | Budget | None = "auto",
+    *,
+    prompt_length: int | None = None,
+    prefill: Literal["auto", "exact", "streaming"] = "auto",
+    max_tokens: int = 0,
+    head_rows: HeadRows | None = None,
+    policy: Policy | None = None,
+    kernels: Mode | None = None,
+) -> list[Any]:
+    """Caches of fixed size for any mlx-lm model, one per layer; attaches the attention hook for them.
+
+    Pass the result as ``prompt_cache=`` to ``mlx_lm.generate`` or ``stream_generate``. Sliding-window
+    and recurrent layers keep mlx-lm's own caches. mlx-lm's ``kv_bits`` and ``max_kv_size`` do not go with
+    these caches: the first raises at the first call, mlx-lm ignores the second.
+
+    Args:
+        model: any model that ``mlx_lm.load`` returns.
+        kv_budget: rows per head (an integer: 2048), a fraction of the prompt (a float in (0, 1.0]:
+            0.2), bytes for the whole model ("512MB"), or "auto": as much as the request needs and
+            memory allows.
+        prompt_length: tokens of the prompt to come. Needed for a fraction and for "exact".
+        prefill: "exact" keeps the prompt whole and compacts it once, with memory for all of it;
+            "streaming" never holds more than the budget and one chunk; "auto" is exact where the
+            prompt's length is known and fits into memory.
+        max_tokens: tokens to generate; only a budget of "auto" uses it.
+        head_rows: rows of each KV head of each layer with full attention, instead of a budget.
+        policy: settings of the method; the defaults need no tuning.
+        kernels: "metal" or "ops"; without it Metal where there is a GPU (see ``zm_mlx.ops.choose``).
+
+    Raises:
+        ValueError: the budget, the table or a setting does not work (the message says what does).
+        UnsupportedModelError: the model's attention cannot run on this cache.
+    """
+    plan = plan_cache(
+        model,
+        kv_budget,
+        prompt_length=prompt_length,
+        prefill=prefill,
+        max_tokens=max_tokens,
+        head_rows=head_rows,
+        policy=policy,
+    )
+    return plan.caches(model, kernels)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The model's trained context in tokens, where its configuration says."""
+    args = getattr(model, "args", None)
+    for holder in (args, getattr(args, "text_config", None)):
+        found = holder.get("max_position_embeddings") if isinstance(holder, dict) else None
+        found = found or getattr(holder, "max_position_embeddings", None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _require_room(draft: Plan, prefill: str, other_bytes: int) -> None:
+    """Refuse what this machine cannot hold, before anything is allocated: the system would kill the process."""
+    room = free_bytes(reserve=0)
+    if room is None:
+        return
+    need, free = draft.nbytes + other_bytes, f"{room / 1e9:.2f} GB are free here"
+    if need > room:
+        rows = largest(draft.shapes, draft.policy, room - other_bytes)
+        raise ValueError(f"the KV cache would take {need / 1e9:.2f} GB, and {free}: at most {rows} rows per head fit")
+    whole = draft.full_bytes(draft.prompt_length or 0)
+    if prefill == "exact" and need + whole > room:
+        raise ValueError(
+            f"prefill='exact' holds the whole prompt, which takes {(need + whole) / 1e9:.2f} GB, and {free}: "
+            "take prefill='streaming'"
+        )
+
+
+def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefill, str]:
+    prompt = draft.prompt_length
+    if prefill == "streaming":
+        return "streaming", "as asked"
+    if prefill == "exact":
+        return "exact", "as asked"
+    if prompt is None:
+        return "streaming", "the prompt's length is not known"
+    if prompt <= draft.capacity:
+        return "streaming", "the prompt fits into the budget"
+    need = draft.full_bytes(prompt) + draft.nbytes
+    if free is not None and need > free:
+        return "streaming", f"the whole prompt would take {need / 1e9:.2f} GB of the {free / 1e9:.2f} GB that are free"
+    return "exact", "the whole prompt fits into memory"
+
+
+def _other_bytes(model: nn.Module, shape: LayerShape) -> int:
+    """Bytes that the model's own bounded caches will hold (estimated from the full-attention layers)."""
+    total = 0
+    for cache in mlx_lm_make_prompt_cache(model):
+        for inner in getattr(cache, "caches", (cache,)):
+            rows = getattr(inner, "max_size", None) or getattr(inner, "chunk_size", None) or 0
+            total += rows * shape.token_bytes
+    return total

@@ -1,0 +1,1 @@
+"""What is done with a state: in plain MLX operations, and the same in Metal kernels. ``choose`` picks."""

@@ -1,0 +1,107 @@
+"""One decode step of attention as Metal kernels (metal/attend.metal, metal/attend_join.metal)."""
+
+import mlx.core as mx
+
+from ...policies.policy import Policy
+from ...state.layout import Layout
+from ...state.state import Call, Scores, State, Step
+from ._common import SIMD, TILE, kernel
+
+THREADS = 8 * SIMD
+CHUNK = 512  # rows whose scores one threadgroup of the second launch computes
+LOGITS = 4096  # floats of threadgroup memory
+BUSY = 32  # threadgroups that keep a GPU busy enough; where there are fewer, rows are split
+WANTED = 128  # threadgroups, where rows are split
+INPUTS = (
+    *("queries", "kept_keys", "kept_values", "kept_weight", "residual_spread", "recent_keys", "recent_values"),
+    *("kept_score", "recent_score", "sinks", "starts", "departed", "filled", "capacity"),
+    *("scale", "alpha", "kappa", "decay"),
+)
+JOIN_INPUTS = (
+    *("partial_output", "logits", "partial_sums"),
+    *("kept_score", "recent_score", "sinks", "starts", "departed", "filled", "decay"),
+)
+OUTPUTS = ("output", "new_kept_score", "new_recent_score")
+
+
+def attend(call: Call, state: State, layout: Layout, policy: Policy) -> tuple[mx.array, Scores]:
+    """``attention.attend`` for one new token (method.md 2, 3).
+
+    Args:
+        call: queries [B, H * G, 1, D]; keys and values, D and Dv, as ``_common.serves`` says.
+
+    Returns:
+        output [B, H * G, 1, Dv] in the dtype of the queries; the new scores (0 past the filled rows
+        of the recent store).
+    """
+    return bind(call, state, layout, policy)(call.queries, state)
+
+
+def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
+    """``attend`` until the next compaction, as ``decode.bind``: what stays the same is bound once."""
+    batch, query_heads, _, dim = call.queries.shape
+    heads, dtype, value_dim = layout.heads, call.queries.dtype, state.recent.value_dim
+    groups, capacity = query_heads // heads, max(g.rows for g in layout.groups) + state.recent_rows
+    tiles, tile = tiles_of(groups)
+    splits, split_rows = splits_of(batch * heads * tiles, tile, capacity)
+    split, has_kept = splits * tiles > 1, layout.starts[-1] > 0
+    scale, alpha, kappa, decay = (
+        mx.array(x, mx.float32) for x in (call.scale, policy.alpha, policy.kappa, policy.decay)
+    )
+    # Arrays without elements cannot be inputs; the kernels do not look at what stands in for them.
+    kept = [*state.kept.rows, state.kept.weight] if has_kept else [*state.recent, state.scores.recent]
+    kept.append(state.residuals.spread if layout.residual else state.scores.recent)
+    sinks = scale.reshape(1) if call.sinks is None else call.sinks.astype(mx.float32)
+    bound = [sinks, mx.array(layout.starts, mx.int32), mx.array(state.departed, mx.int32)]
+    settings = [mx.array(capacity, mx.int32), scale, alpha, kappa, decay]
+    scores = [(state.scores.kept if has_kept else state.scores.recent).shape, state.scores.recent.shape]
+    whole = [(batch, query_heads, 1, value_dim), *scores]
+    many = (batch, heads, groups)
+    partial = [(*many, splits, value_dim), (*many, capacity), (*many, splits, 2)]
+    template = [("G", groups), ("DV", value_dim), ("SINKS", call.sinks is not None)]
+    own = [("T", dtype), ("D", dim), ("R", layout.residual), ("GT", tile), ("ROWS", split_rows), ("SPLIT", split)]
+    first, second = kernel("attend", INPUTS, OUTPUTS), kernel("attend_join", JOIN_INPUTS, OUTPUTS)
+
+    def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
+        kept_score, recent_score = state.scores
+        filled = mx.array(state.filled, mx.int32)
+        common = [kept_score if has_kept else recent_score, recent_score, *bound, filled]
+        out, on_kept, on_recent = first(
+            inputs=[queries, *kept, *state.recent, *common, *settings],
+            output_shapes=partial if split else whole,
+            output_dtypes=[mx.float32 if split else dtype, mx.float32, mx.float32],
+            grid=(THREADS * splits, tiles, batch * heads),
+            threadgroup=(THREADS, 1, 1),
+            template=[*template, ("O", mx.float32 if split else dtype), *own],
+        )
+        if split:
+            out, on_kept, on_recent = second(
+                inputs=[out, on_kept, on_recent, *common, decay],
+                output_shapes=whole,
+                output_dtypes=[dtype, mx.float32, mx.float32],
+                grid=(THREADS * (groups + -(-capacity // CHUNK)), 1, batch * heads),
+                threadgroup=(THREADS, 1, 1),
+                template=[*template, ("O", dtype), ("CHUNK", CHUNK)],
+            )
+        return out, Scores(on_kept if has_kept else kept_score, on_recent)
+
+    return step
+
+
+def tiles_of(groups: int) -> tuple[int, int]:
+    """Tiles that the query heads of a KV head make, and the most heads in one."""
+    tiles = -(-groups // TILE)
+    return tiles, -(-groups // tiles)
+
+
+def splits_of(threadgroups: int, tile: int, capacity: int) -> tuple[int, int]:
+    """Splits of up to ``capacity`` rows, and the rows (a power of two) that one has room for.
+
+    From shapes alone, so that a kernel is built once. A split has at least 256 rows, or 48 for each
+    head of the tile (its partial outputs then stay below a tenth of its rows' bytes), and at most
+    those whose logits fit into threadgroup memory.
+    """
+    fit = min(1024, LOGITS // (1 << (tile - 1).bit_length()))
+    wanted = 1 if threadgroups >= BUSY else WANTED // threadgroups
+    splits = max(1, -(-capacity // fit), min(wanted, capacity // max(256, 48 * tile)))
+    return splits, max(SIMD, 1 << (-(-capacity // splits) - 1).bit_length())

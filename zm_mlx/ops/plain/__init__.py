@@ -1,0 +1,1 @@
+"""The method in plain MLX operations: what the kernels are compared with."""

@@ -1,0 +1,182 @@
+"""ZeroMerge's attention in plain MLX operations (arXiv 2503.10714; method.md 2, 3).
+
+This is what the kernels are compared with. Everything is batched over sequences and heads, computed
+in float32 and rounded once at the end. B sequences, H KV heads in the layout's order of storage, G
+query heads per KV head, next to each other. The last L filled rows of the recent store are the
+queries' own.
+"""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ...policies.policy import Policy
+from ...state.layout import Group, Layout
+from ...state.rows import Dense, after
+from ...state.state import Call, Kept, Scores, State
+
+LOGIT_BYTES = 64 * 2**20  # queries go through in blocks whose logits stay below this
+
+
+def attend(call: Call, state: State, layout: Layout, policy: Policy) -> tuple[mx.array, Scores]:
+    """Compensated attention, and the importance that it gives to each row.
+
+        logit[g, j] = scale q[g]·k[j] + α log weight[j] + min(κ, ½ scale² spread[j] ‖q[g]‖²)
+        mass[j] = Σ_i λ^(L-1-i) Σ_g p_i[g, j]
+
+    The first two terms are the paper's compensated attention; the third, second-order one accounts
+    for the variance of the keys behind a merged row (``Policy.kappa = 0`` leaves it out).
+
+    Returns:
+        output [B, H * G, L, Dv] in the dtype of the queries; the new scores λ^L score + mass
+        (0 past the filled rows of the recent store).
+    """
+    outputs, mass = _attend(call, state, layout, policy, True)
+    return mx.concatenate(outputs, axis=1).astype(call.queries.dtype), _faded(state, mass, policy.decay**call.length)
+
+
+def score(call: Call, state: State, layout: Layout, policy: Policy) -> Scores:
+    """The new scores of ``attend`` without its output, from the last queries of a prompt."""
+    return _faded(state, _attend(call, state, layout, policy, False)[1], policy.decay**call.length)
+
+
+def compensated(
+    dots: mx.array, log_mass: mx.array, spread: mx.array, queries: mx.array, policy: Policy
+) -> list[mx.array]:
+    """Logits of kept rows, cut where the next kind of row begins; the compensated logit of ``attend``.
+
+    Args:
+        dots: of scaled queries with all rows, [..., n].
+        log_mass: α log weight of the first rows, [..., w]; the others are raw.
+        spread: of the residual rows, [..., R]; as many as have a mass are lifted.
+        queries: scaled, [..., D].
+    """
+    weighed = log_mass.shape[-1]
+    lifted = min(spread.shape[-1], weighed)
+    lift = policy.lift(spread[..., :lifted], queries) if lifted else None
+    if lift is None:
+        lifted = 0
+    parts = [] if lift is None else [dots[..., :lifted] + (log_mass[..., :lifted] + lift)]
+    if lifted < weighed:
+        parts.append(dots[..., lifted:weighed] + log_mass[..., lifted:])
+    if weighed < dots.shape[-1]:
+        parts.append(dots[..., weighed:])
+    return parts
+
+
+def softmax(logits: list[mx.array], sinks: mx.array | None) -> mx.array:
+    """Probabilities of all rows; sinks [h, G] take part of them and are no rows."""
+    rows = sum(x.shape[-1] for x in logits)
+    if sinks is not None:
+        lead = logits[-1].shape[:-1]
+        sink = sinks.astype(mx.float32).reshape(1, *sinks.shape, *[1] * (len(lead) - sinks.ndim))
+        logits = [*logits, mx.broadcast_to(sink, (*lead, 1))]
+    joined = logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=-1)
+    return mx.softmax(joined, axis=-1)[..., :rows]
+
+
+def block_length(queries: mx.array, rows: int) -> int:
+    """Queries (axis -2) whose float32 logits over ``rows`` rows stay below LOGIT_BYTES; at least 1."""
+    *many, length, _ = queries.shape
+    return min(length, max(1, LOGIT_BYTES // (4 * math.prod(many) * max(1, rows))))
+
+
+class Part(NamedTuple):
+    """One group's share of a call: queries [B, h, G, L, D], kept rows, spread [B, h, R], recent rows, sinks [h, G]."""
+
+    queries: mx.array
+    kept: Kept
+    spread: mx.array
+    recent: Dense
+    sinks: mx.array | None
+
+    @classmethod
+    def of(cls, group: Group, call: Call, state: State, heads: int) -> "Part":
+        """All rows that the stores have room for."""
+        batch, query_heads, length, dim = call.queries.shape
+        mine = slice(group.first_head, group.stop_head)
+        return cls(
+            call.queries.reshape(batch, heads, query_heads // heads, length, dim)[:, mine],
+            state.kept.of(group),
+            state.residuals.of(group).spread,
+            state.recent.map(lambda x: x[:, mine]),
+            None if call.sinks is None else call.sinks.reshape(heads, -1)[mine],
+        )
+
+    def filled(self, departed: int, filled: int) -> "Part":
+        """The filled rows alone."""
+        kept = self.kept if departed >= self.kept.weight.shape[2] else self.kept.first(departed)
+        return self._replace(kept=kept, recent=self.recent.map(lambda x: x[:, :, :filled]))
+
+
+def _attend(
+    call: Call, state: State, layout: Layout, policy: Policy, with_output: bool
+) -> tuple[list[mx.array], Scores]:
+    """Outputs of the groups, and the decayed mass of the kept rows [B, K] and of the filled recent rows."""
+    outputs: list[mx.array] = []
+    kept_mass: list[mx.array] = []
+    recent_mass: list[mx.array] = []
+    for group in layout.groups:
+        part = Part.of(group, call, state, layout.heads).filled(state.departed, state.filled)
+        out: list[mx.array] = []
+        mass, old = mx.array(0.0), part.kept.weight.shape[2]
+        step = block_length(part.queries, old + state.filled)
+        for begin in range(0, call.length, step):
+            end = min(begin + step, call.length)
+            # One block after the other, or the logits of all exist at once.
+            block = after(part.queries[:, :, :, begin:end], *outputs[-1:], *out[-1:], mass)
+            p = _probabilities(block, call.length - end, part, call.scale, policy)
+            if with_output:
+                out.append(_weigh(p, part))
+            age = mx.arange(call.length - 1 - begin, call.length - 1 - end, -1, dtype=mx.float32)
+            mass = mass + _column_sums(p, mx.power(policy.decay, age))
+        if with_output:
+            outputs.append((out[0] if len(out) == 1 else mx.concatenate(out, axis=3)).flatten(1, 2))
+        kept_mass.append(mx.pad(mass[..., :old], [(0, 0), (0, 0), (0, group.rows - old)]).flatten(1, 2))
+        recent_mass.append(mass[..., old:])
+    return outputs, Scores(mx.concatenate(kept_mass, axis=1), mx.concatenate(recent_mass, axis=1))
+
+
+def _probabilities(queries: mx.array, later: int, part: Part, scale: float, policy: Policy) -> mx.array:
+    """Of queries [B, h, G, l, D] that ``later`` more tokens follow: [B, h, G, l, kept + filled]."""
+    batch, heads, groups, length, _ = queries.shape
+    filled, old = part.recent.shape[2], part.kept.weight.shape[2]
+    q = queries.astype(mx.float32) * scale
+
+    def dots(rows: Dense) -> mx.array:
+        return rows.dots(q.flatten(2, 3)).reshape(batch, heads, groups, length, rows.shape[2])
+
+    now = dots(part.recent)
+    logits = [now]
+    if length + later > 1:
+        # All queries see what came before the first of them: no mask there, where parts are joined anyway.
+        first = filled - later - length if old else 0
+        newest = mx.arange(filled - later - length, filled - later)[:, None]
+        logits = [now[..., :first], mx.where(mx.arange(first, filled) <= newest, now[..., first:], -mx.inf)]
+    if old:
+        log_mass = policy.log_mass(part.kept.weight)[:, :, None, None]
+        logits[:0] = compensated(dots(part.kept.rows), log_mass, part.spread[:, :, None, None], q, policy)
+    return softmax([x for x in logits if x.shape[-1]], part.sinks)
+
+
+def _weigh(p: mx.array, part: Part) -> mx.array:
+    """Probabilities [B, h, G, l, kept + filled] times all values → [B, h, G, l, Dv]."""
+    flat, old = p.flatten(2, 3), part.kept.weight.shape[2]
+    out = part.recent.weigh(flat[..., old:])
+    if old:
+        out = part.kept.rows.weigh(flat[..., :old], out)
+    return out.reshape(*p.shape[:4], part.recent.value_dim)
+
+
+def _column_sums(p: mx.array, fade: mx.array) -> mx.array:
+    """Σ_i fade[i] Σ_g p[..., g, i, j]."""
+    factors = mx.broadcast_to(fade, p.shape[2:4]).reshape(1, -1)
+    return (factors @ p.flatten(2, 3))[:, :, 0]
+
+
+def _faded(state: State, mass: Scores, fade: float) -> Scores:
+    """fade · score + mass for both stores."""
+    now = fade * state.scores.recent[:, :, : state.filled] + mass.recent
+    behind = state.recent_rows - state.filled
+    return Scores(fade * state.scores.kept + mass.kept, mx.pad(now, [(0, 0), (0, 0), (0, behind)]))

@@ -1,0 +1,87 @@
+"""Compaction: the oldest recent rows move into the kept store, and what has no room is merged (method.md 4)."""
+
+import mlx.core as mx
+
+from ...policies.policy import Policy
+from ...state.layout import Group, Layout
+from ...state.rows import Dense
+from ...state.state import Kept, Merged, Residuals, Scores, State, joined, rectangle
+
+
+def compact(state: State, layout: Layout, policy: Policy, importance: Scores) -> State:
+    """Leave the newest ``proximity`` (and already staged) rows in the recent store; compress the others.
+
+    Per head: as long as all tokens that ever left fit, they stay raw, in order. Otherwise the raw
+    rows (context and leaving) are the pool: the M_h most important stay as context, the others are
+    merged (with R = 0: dropped).
+
+    Args:
+        importance: by which rows are selected; the scores themselves stay with their rows.
+    """
+    leaving = state.leaving(layout)
+    if leaving:
+        kept, residuals, scores = zip(
+            *(_group(group, state, leaving, layout, policy, importance) for group in layout.groups), strict=True
+        )
+        state = state._replace(
+            kept=Kept(
+                Dense.joined([k.rows.map(lambda x: x.flatten(1, 2)) for k in kept], axis=1),
+                joined([k.weight for k in kept]),
+                joined([k.position for k in kept]),
+            ),
+            residuals=Residuals(*(mx.concatenate(list(x), axis=1) for x in zip(*residuals, strict=True))),
+            scores=state.scores._replace(kept=joined(scores)),
+        )
+    return state.without_leaving(layout, leaving)
+
+
+def _group(
+    group: Group, state: State, leaving: int, layout: Layout, policy: Policy, importance: Scores
+) -> tuple[Kept, Residuals, mx.array]:
+    """The kept rows of one group, the sums behind its residual rows, and its scores [B, h, rows]."""
+    heads, departed = slice(group.first_head, group.stop_head), state.departed
+    old, residuals, old_scores = state.kept.of(group), state.residuals.of(group), rectangle(state.scores.kept, group)
+    new, new_scores = state.recent.map(lambda x: x[:, heads, :leaving]), state.scores.recent[:, heads, :leaving]
+    positions = mx.broadcast_to(mx.arange(departed, departed + leaving, dtype=mx.int32), new_scores.shape)
+
+    if departed + leaving <= group.rows:
+
+        def filled(x: mx.array, arriving: mx.array) -> mx.array:
+            return mx.concatenate([x[:, :, :departed], arriving, x[:, :, departed + leaving :]], axis=2)
+
+        kept = Kept(
+            old.rows.zip(new, filled), filled(old.weight, mx.ones(new_scores.shape)), filled(old.position, positions)
+        )
+        return kept, residuals, filled(old_scores, new_scores)
+
+    fresh = departed <= group.rows
+    raw = slice(0, departed) if fresh else slice(layout.residual, group.rows)
+
+    def pooled(x: mx.array, arriving: mx.array) -> mx.array:
+        return mx.concatenate([x[:, :, raw], arriving], axis=2) if departed and group.rows else arriving
+
+    pool = old.rows.zip(new, pooled)
+    scores, positions = pooled(old_scores, new_scores), pooled(old.position, positions)
+    worth = pooled(rectangle(importance.kept, group), importance.recent[:, heads, :leaving])
+    chosen, victims = policy.select(worth, group.context)
+    # The first rows of the context are placeholders for the residual rows.
+    places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
+    kept = Kept(pool.map(lambda x: _take(x, places)), mx.ones(places.shape), _take(positions, places))
+    new_scores = _take(scores, places)
+    if layout.residual:
+        before = old.first(layout.residual)
+        merged = Merged(before.rows, before.weight, old_scores[:, :, : layout.residual], residuals)
+        merged = policy.merge(merged, pool.map(lambda x: _take(x, victims)), _take(scores, victims), fresh)
+        residuals = merged.residuals
+        none = mx.full(merged.weight.shape, -1, mx.int32)
+        kept.rows.write(0, merged.rows)
+        for x, y in ((kept.weight, merged.weight), (kept.position, none), (new_scores, merged.score)):
+            x[:, :, : layout.residual] = y
+    return kept, residuals, new_scores
+
+
+def _take(x: mx.array, rows: mx.array) -> mx.array:
+    """Rows [B, h, m] of [B, h, n, …]: whole rows by one index, which is faster than element by element."""
+    batch, heads, n = x.shape[:3]
+    index = rows + mx.arange(0, batch * heads * n, n, dtype=mx.int32).reshape(batch, heads, 1)
+    return x.flatten(0, 2)[index]

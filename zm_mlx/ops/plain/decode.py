@@ -1,0 +1,123 @@
+"""``attention.attend`` for one new token after the other, in as few operations as it takes.
+
+While decoding, building and launching operations costs as much as their work. So what only a
+compaction changes is bound once, and the operations of a step are recorded once by ``mx.compile``
+and replayed at each token. For that, shapes must stay the same for a while: attention reads a few
+rows more than are filled, and masks them.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ...policies.policy import Policy
+from ...state.layout import Group, Layout
+from ...state.rows import Dense
+from ...state.state import Call, Scores, State, Step
+from .attention import compensated, softmax
+
+
+def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
+    """``attend`` until the next compaction, for queries [B, H * G, 1, D] and rows in float32.
+
+    Returns:
+        A function of the queries and of a state in which one more token is filled; its results are
+        those of ``attention.attend``, evaluated together.
+    """
+    read = _rows_to_read(layout, state.departed)
+    rows = [tuple(_Bound.of(group, state, layout, policy, read)) for group in layout.groups]
+    sinks = None if call.sinks is None else call.sinks.astype(mx.float32).reshape(layout.heads, -1)
+    most, some = layout.recent, max(1, layout.staging // 8)
+    scale = call.scale
+
+    by_reach: dict[int, Callable[..., tuple[mx.array, mx.array, mx.array]]] = {}
+
+    def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
+        recent, filled = state.recent, state.filled
+        reach = min(most, filled + -filled % some)
+        compiled = by_reach.get(reach)
+        if compiled is None:
+            compiled = by_reach[reach] = _compiled(layout, policy, scale, read, reach)
+        out, kept, new = compiled(queries, rows, tuple(state.scores), tuple(recent), mx.array(filled), sinks)
+        return out, Scores(kept, new)
+
+    return step
+
+
+class _Bound(NamedTuple):
+    """The kept rows of a group as a step reads them."""
+
+    keys: mx.array  # [B, h, rows, D]
+    values: mx.array  # [B, h, rows, Dv]
+    log_mass: mx.array  # [B, h, 1, R], or of all rows as long as they are raw; -inf where empty
+    spread: mx.array  # [B, h, 1, R], or nothing as long as they are raw
+
+    @classmethod
+    def of(cls, group: Group, state: State, layout: Layout, policy: Policy, read: int) -> "_Bound":
+        kept = state.kept.of(group).first(min(read, group.rows))
+        merged = read > group.rows
+        weight = kept.weight[:, :, None, : layout.residual] if merged else kept.weight[:, :, None]
+        spread = state.residuals.of(group).spread[:, :, None]
+        return cls(*kept.rows, policy.log_mass(weight), spread if merged else spread[..., :0])
+
+
+def _rows_to_read(layout: Layout, departed: int) -> int:
+    """Kept rows to read per head: ``departed`` or a few more, never past the end of a group that is not full."""
+    fullest = layout.groups[0].rows
+    if departed > fullest:
+        return fullest + 1
+    eighth = max(1, fullest // 8)
+    return min(departed + -departed % eighth, *(g.rows for g in layout.groups if g.rows >= departed))
+
+
+@lru_cache(maxsize=1024)
+def _compiled(
+    layout: Layout, policy: Policy, scale: float, read: int, reach: int
+) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """A step over the first ``read`` kept rows of each head and the first ``reach`` recent ones."""
+    recent_rows = mx.arange(reach)
+    mx.eval(recent_rows)
+
+    def step(
+        queries: mx.array,
+        kept: list[tuple[mx.array, ...]],
+        scores: tuple[mx.array, mx.array],
+        recent: tuple[mx.array, mx.array],
+        filled: mx.array,
+        sinks: mx.array | None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        batch, query_heads, _, dim = queries.shape
+        q = (queries * scale).reshape(batch, layout.heads, -1, dim)
+        outputs, on_kept, on_recent = [], [], []
+        for group, bound in zip(layout.groups, map(_Bound._make, kept), strict=True):
+            heads = slice(group.first_head, group.stop_head)
+            old, new = Dense(bound.keys, bound.values), Dense(*recent).map(_part(heads, reach))
+            of_group, rows = q[:, heads], old.shape[2]
+            logits = [mx.where(recent_rows < filled, new.dots(of_group), -mx.inf)]
+            if rows:
+                logits[:0] = compensated(old.dots(of_group), bound.log_mass, bound.spread, of_group, policy)
+            p = softmax(logits, None if sinks is None else sinks[heads])
+            p_kept, p_recent = p[..., :rows], p[..., rows:]
+            out = new.weigh(p_recent)
+            outputs.append(old.weigh(p_kept, out) if rows else out)
+            on_kept.append(_padded(p_kept.sum(axis=2), group.rows).flatten(1, 2))
+            on_recent.append(_padded(p_recent.sum(axis=2), scores[1].shape[2]))
+        mass = (mx.concatenate(on_kept, axis=1), mx.concatenate(on_recent, axis=1))
+        new_scores = [policy.decay * x + y for x, y in zip(scores, mass, strict=True)]
+        out = mx.concatenate(outputs, axis=1).reshape(batch, query_heads, 1, -1)
+        return mx.depends(out, new_scores), *new_scores
+
+    compiled: Callable[..., tuple[mx.array, mx.array, mx.array]] = mx.compile(step)
+    return compiled
+
+
+def _part(heads: slice, rows: int) -> Callable[[mx.array], mx.array]:
+    return lambda x: x[:, heads, :rows]
+
+
+def _padded(x: mx.array, count: int) -> mx.array:
+    """x [B, h, n] with zeros up to [B, h, count]."""
+    missing = count - x.shape[2]
+    return mx.pad(x, [(0, 0), (0, 0), (0, missing)]) if missing else x

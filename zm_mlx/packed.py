@@ -1,0 +1,86 @@
+"""The form in which a cache is saved: arrays, and everything else as one JSON string.
+
+The one place that knows the fields of a state outside of ``state``.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import policies
+from .phases import ExactPrompt, Phase, Streaming
+from .policies import Policy
+from .state.layout import Layout
+from .state.rows import Dense
+from .state.state import Kept, Residuals, Scores, State
+
+FORMAT = 2
+
+Packed = list[mx.array | str | None]
+
+
+class Contents(NamedTuple):
+    """What a cache is made of; no state before its first token."""
+
+    layout: Layout
+    policy: Policy
+    phase: Phase
+    state: State | None
+
+
+def pack(contents: Contents) -> Packed:
+    """A tree as mlx-lm saves it."""
+    layout, policy, phase, state = contents
+    prompt = phase if isinstance(phase, ExactPrompt) else None
+    facts = {
+        "format": FORMAT,
+        "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging],
+        "policy": {"name": policies.name_of(policy), **policy.as_dict()},
+        "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale],
+        "clock": None if state is None else [state.departed, state.filled, state.since_compaction],
+    }
+    last = [None, None] if prompt is None else [prompt.queries, prompt.sinks]
+    return [*([] if state is None else state.arrays()), *last, json.dumps(facts)]
+
+
+def unpack(packed: Sequence[Any]) -> Contents:
+    """The inverse of ``pack``; the arrays are copies, which in-place writes may change.
+
+    Raises:
+        ValueError: another version of zm_mlx packed this, or a policy that is not here.
+    """
+    *found, text = packed
+    facts = json.loads(text)
+    if facts["format"] != FORMAT:
+        raise ValueError("the cache was saved by another version of zm_mlx")
+    name = facts["policy"].pop("name")
+    if name not in policies.BY_NAME:
+        raise ValueError(
+            f"the cache was saved with the policy {name!r}, which is none of {', '.join(policies.BY_NAME)}"
+        )
+    residual, context, proximity, staging = facts["layout"]
+    arrays = [None if x is None else mx.array(x) for x in found]
+    *stores, queries, sinks = arrays
+    phase: Phase = Streaming()
+    if facts["prompt"] is not None:
+        length, before, scale = facts["prompt"]
+        phase = ExactPrompt(length, before, queries, scale, sinks)
+    return Contents(
+        Layout(residual, tuple(context), proximity, staging),
+        policies.BY_NAME[name](**facts["policy"]),
+        phase,
+        _state(stores, facts["clock"]) if stores else None,
+    )
+
+
+def _state(arrays: list[Any], clock: list[int]) -> State:
+    """The inverse of ``State.arrays``."""
+    rest = iter(arrays)
+
+    def some(count: int) -> list[mx.array]:
+        return [next(rest) for _ in range(count)]
+
+    kept = Kept(Dense(*some(2)), *some(2))
+    return State(kept, Residuals(*some(4)), Dense(*some(2)), Scores(*some(2)), *clock)

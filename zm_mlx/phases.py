@@ -1,0 +1,208 @@
+"""How tokens are taken: compressed as they come, or held whole until their prompt ends (method.md 5).
+
+A phase takes new tokens into a state, in blocks that end where something happens, and says which
+phase follows. Phases are values, as states are.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import mlx.core as mx
+
+from .ops.choose import Operations
+from .policies.policy import Policy
+from .state.layout import Layout
+from .state.rows import Dense, after
+from .state.state import Call, Scores, State, Step
+
+Prefill = Literal["exact", "streaming"]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Compacts each time the staging region is full: never more rows than the budget."""
+
+    step: Step | None = field(default=None, compare=False)  # attention for one token, until the next compaction
+    name: ClassVar[Prefill] = "streaming"
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return []
+
+    def recent_rows(self, layout: Layout) -> int:
+        """Rows of the recent store that an empty cache begins with."""
+        return layout.recent
+
+    def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
+        """The state and phase in which a call is taken."""
+        return state, self
+
+    def room(self, state: State, ops: Operations) -> int:
+        """Tokens until something happens: the staging region is full."""
+        return ops.layout.staging - state.since_compaction
+
+    def block(self, call: Call, state: State, ops: Operations) -> "Taken":
+        """Attend to tokens that are stored already, take over the scores, compact where it is due."""
+        out, scores = ops.attend(call, state)
+        since = state.since_compaction + call.length
+        if since < ops.layout.staging:
+            return out, state._replace(scores=scores, since_compaction=since), self
+        return out, ops.compact(state._replace(scores=scores, since_compaction=0)), Streaming()
+
+    def token(self, call: Call, new: Dense, state: State, ops: Operations) -> "Taken":
+        """``take`` for one token, with as little Python as it takes."""
+        kept, residuals, recent, scores, departed, filled, since = state
+        recent.write(filled, new)
+        state = State(kept, residuals, recent, scores, departed, filled + 1, since + 1)
+        step = self.step or ops.bind(call, state)
+        out, scores = step(call.queries, state)
+        if since + 1 < ops.layout.staging:
+            state = State(kept, residuals, recent, scores, departed, filled + 1, since + 1)
+            # The output needs the new rows, and a step evaluates the scores with it.
+            return out, state, self if self.step else Streaming(step)
+        state = ops.compact(State(kept, residuals, recent, scores, departed, filled + 1, 0))
+        return _with_arrays(out, state, self), state, Streaming()
+
+    def finish(self, state: State, ops: Operations) -> State:
+        """Nothing to do: nothing is held back."""
+        return state
+
+
+@dataclass(frozen=True)
+class ExactPrompt:
+    """Holds a prompt whole and compacts it once, scored by its last W queries.
+
+    Args:
+        length: tokens of the prompt, as announced.
+        before: tokens seen before it.
+        queries: the last W, which score a prompt that ends earlier, and their scale and sinks.
+    """
+
+    length: int
+    before: int = 0
+    queries: mx.array | None = None
+    scale: float = 0.0
+    sinks: mx.array | None = None
+    name: ClassVar[Prefill] = "exact"
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [x for x in (self.queries, self.sinks) if x is not None]
+
+    def recent_rows(self, layout: Layout) -> int:
+        """Rows of the recent store that an empty cache begins with."""
+        return max(layout.recent, self.length)
+
+    def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
+        """Room for the whole prompt; or its end, if the call comes from decoding though the prompt is not complete.
+
+        A prefill ends in one or two calls of one token. Any other that would exceed the budget is none of its.
+        """
+        remaining = self.length - self._taken(state)
+        if call.length == 1 and remaining > 2 and state.seen >= ops.layout.capacity:
+            return self.finish(state, ops), Streaming()
+        if state.filled + remaining > state.recent_rows:
+            state = state.with_recent_rows(state.filled + remaining)
+        return state, self
+
+    def room(self, state: State, ops: Operations) -> int:
+        """Tokens until something happens: the scored part of the prompt begins, or the prompt ends."""
+        taken, first = self._taken(state), self._first_scored(ops.policy)
+        return (first if taken < first else self.length) - taken
+
+    def block(self, call: Call, state: State, ops: Operations) -> "Taken":
+        """Attend to tokens that are stored already; score them if they are among the last W."""
+        phase = self
+        if self._taken(state) > self._first_scored(ops.policy):
+            out, scores = ops.attend(call, state)
+            state = state._replace(scores=scores)
+        else:
+            out = ops.attend_whole(call, state)
+            phase, state = self._unscored(call, state, ops)
+        if self._taken(state) < self.length:
+            return out, state, phase
+        return out, phase.finish(state, ops), Streaming()
+
+    def finish(self, state: State, ops: Operations) -> State:
+        """End the prompt with the tokens that it has: score them by the last W queries, and compact once."""
+        if not self._taken(state):
+            return ops.compact(state)
+        state = self._scored(state, ops)
+        capacity = ops.layout.capacity
+        # Compactions stay where they would be if the prompt had been streamed, until one merges.
+        since = (state.seen - capacity) % ops.layout.staging if state.seen <= capacity else 0
+        return ops.compact(state._replace(since_compaction=since))
+
+    def _taken(self, state: State) -> int:
+        return state.seen - self.before
+
+    def _first_scored(self, policy: Policy) -> int:
+        """The token of the prompt from which on tokens are scored as they come."""
+        return 0 if policy.window is None else max(0, self.length - policy.window)
+
+    def _unscored(self, call: Call, state: State, ops: Operations) -> "tuple[ExactPrompt, State]":
+        """Let older scores fade, and keep the last W queries: they score the prompt if it ends here."""
+        both = [call.queries] if self.queries is None else [self.queries, call.queries]
+        last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -(ops.policy.window or 0) :])
+        if self.before:
+            fade = ops.policy.decay**call.length
+            state = state._replace(scores=Scores(*(fade * x for x in state.scores)))
+        return replace(self, queries=last, scale=call.scale, sinks=call.sinks), state
+
+    def _scored(self, state: State, ops: Operations) -> State:
+        """Add what the kept queries give, as far as they are among the last W of the prompt."""
+        scored = max(0, self._taken(state) - self._first_scored(ops.policy))
+        window = ops.policy.window
+        if self.queries is None or scored == window:
+            return state
+        queries = self.queries if window is None else self.queries[:, :, scored - window :]
+        then = state._replace(filled=state.filled - scored, scores=Scores.zeros_like(state.scores))
+        mass = ops.score(Call(queries, self.scale, self.sinks), then)
+        fade = ops.policy.decay**scored
+        return state._replace(scores=Scores(*(x + fade * y for x, y in zip(state.scores, mass, strict=True))))
+
+
+Phase = Streaming | ExactPrompt
+Taken = tuple[mx.array, State, Phase]
+
+
+def take(phase: Phase, call: Call, new: Dense, state: State, ops: Operations) -> Taken:
+    """Attend to new tokens [B, H, L] and store them.
+
+    Returns:
+        output [B, H * G, L, Dv] in the dtype of the queries, and what state and phase follow.
+    """
+    state, phase = phase.prepared(state, call, ops)
+    if call.length == 1 and isinstance(phase, Streaming):
+        return phase.token(call, new, state, ops)
+    outputs: list[mx.array] = []
+    begin = 0
+    while begin < call.length:
+        end = min(call.length, begin + phase.room(state, ops))
+        block, rows = call.at(begin, end), Dense(new.keys[:, :, begin:end], new.values[:, :, begin:end])
+        if outputs:  # one block after the other, or the logits of all exist at once
+            block = block._replace(queries=after(block.queries, outputs[-1]))
+            rows = Dense(after(rows.keys, outputs[-1]), after(rows.values, outputs[-1]))
+        out, state, phase = phase.block(block, state.appended(rows), ops)
+        outputs.append(out)
+        begin = end
+    out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+    return _with_arrays(out, state, phase), state, phase
+
+
+def begin(length: int, phase: Phase, state: State | None, ops: Operations) -> tuple[State | None, Phase]:
+    """Take the next ``length`` tokens as one prompt; a prompt that is under way ends here.
+
+    Raises:
+        ValueError: length is not positive.
+    """
+    if not (isinstance(length, int) and length >= 1):
+        raise ValueError(f"prompt_length must be 1 token or more, not {length!r}")
+    state = None if state is None else phase.finish(state, ops)
+    return state, ExactPrompt(length, 0 if state is None else state.seen)
+
+
+def _with_arrays(out: mx.array, state: State, phase: Phase) -> mx.array:
+    """out, evaluated with all arrays: decode evaluates only its token, and the others would pile up as graph."""
+    done: mx.array = mx.depends(out, [*state.arrays(), *phase.arrays])
+    return done

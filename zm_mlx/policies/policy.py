@@ -1,0 +1,117 @@
+"""A method's settings, and its behaviour: importance, selection, merging, compensation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..state.layout import Layout, smallest_rows
+from ..state.rows import Dense
+from ..state.state import Merged, Scores, State
+from . import merging, selection
+
+
+@dataclass(frozen=True)
+class Policy:
+    """ZeroMerge with this package's defaults; another method is a subclass in a file of its own.
+
+    A subclass replaces ``importance``, ``select``, ``merge``, ``log_mass`` or ``lift``; where it
+    replaces what a Metal kernel computes, plain operations take the kernel's place.
+    ``residual=0`` is plain eviction.
+
+    Args:
+        residual: R, rows per head that hold merged tokens.
+        proximity: share of the rows that a compaction leaves which are the newest tokens (P / C).
+        staging: S, tokens between two compactions; ``None`` derives it from the rows.
+        alpha: weight of log(tokens behind a row) in the logits.
+        kappa: cap, in nats, of the second-order term of a merged row's logit.
+        decay: λ, what is left of a token's importance one query later, in (0, 1].
+        pool: neighbouring rows over which importance is max-pooled for selection; odd.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    residual: int = 4
+    proximity: float = 0.5
+    staging: int | None = None
+    alpha: float = 1.0
+    kappa: float = 3.0
+    decay: float = 0.98
+    pool: int = 13
+
+    def __post_init__(self) -> None:
+        for name in ("residual", "pool", "staging"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) or (name == "staging" and value is None)):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+        for name in ("proximity", "alpha", "kappa", "decay"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
+        if self.residual < 0:
+            raise ValueError(f"residual must be 0 or more rows, not {self.residual}")
+        if not 0 < self.proximity < 1:
+            raise ValueError(f"proximity must be a share between 0 and 1, not {self.proximity}")
+        if self.staging is not None and self.staging < 1:
+            raise ValueError(f"staging must be 1 token or more, not {self.staging}")
+        if self.alpha < 0 or self.kappa < 0:
+            raise ValueError(f"alpha and kappa must not be negative, not {self.alpha} and {self.kappa}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], not {self.decay}")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool must be an odd number of rows, not {self.pool}")
+
+    # ---- rows
+
+    def layout(self, rows: int | Sequence[int], heads: int) -> Layout:
+        """How N rows per head (one number, or one for each head) are divided.
+
+        Raises:
+            ValueError: as ``Layout.of``.
+        """
+        return Layout.of(rows, heads, residual=self.residual, proximity=self.proximity, staging=self.staging)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest rows per head that work."""
+        return smallest_rows(self.residual, self.staging)
+
+    # ---- behaviour
+
+    @property
+    def window(self) -> int | None:
+        """Queries at the end of an exact prefill that decide the scores; ``None`` is all of them.
+
+        0.98 ** 512 is 3e-5: older queries no longer count.
+        """
+        return None if self.decay == 1 else 512
+
+    def importance(self, state: State) -> Scores:
+        """What each row is worth when a compaction selects: the decayed sum of its attention (method.md 3)."""
+        return state.scores
+
+    def select(self, importance: mx.array, count: int) -> tuple[mx.array, mx.array]:
+        """Rows to keep and the others, of importance [B, h, n] in the order of positions (see ``selection.select``)."""
+        return selection.select(importance, count, self.pool)
+
+    def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
+        """A group's residual rows with the victims in them (see ``merging.merge``)."""
+        return merging.merge(merged, victims, scores, fresh)
+
+    def log_mass(self, weight: mx.array) -> mx.array:
+        """What the tokens behind a row add to its logit: α log w (method.md 2); -inf where there are none."""
+        return mx.where(weight > 0, self.alpha * mx.log(weight), -mx.inf)
+
+    def lift(self, spread: mx.array, queries: mx.array) -> mx.array | None:
+        """The second-order term of residual rows: min(κ, ½ spread ‖q‖²) for scaled queries [..., D] (method.md 2)."""
+        if not self.kappa:
+            return None
+        norms = (queries * queries).sum(axis=-1, keepdims=True)
+        return mx.minimum(self.kappa, 0.5 * spread * norms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Values: the layout of a layer's rows, and its state. Nothing here decides anything."""

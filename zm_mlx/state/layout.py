@@ -1,0 +1,171 @@
+"""The rows of one layer: how N rows per head divide into regions, and what they cost in bytes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import index
+
+MAX_STAGING = 256
+MAX_ROWS = 2**31 - 1  # of one layer, all heads together: what an array's axis can count
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one full-attention layer stores for a token: KV heads, head dims, bytes an element, dtype's name."""
+
+    heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    dtype: str = ""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in an uncompressed cache."""
+        return self.heads * (self.head_dim + self.value_dim) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring heads (in storage order) with equally many kept rows: a rectangle of the kept store."""
+
+    first_head: int
+    heads: int
+    context: int
+    first_row: int
+    rows: int
+
+    @property
+    def stop_head(self) -> int:
+        return self.first_head + self.heads
+
+    @property
+    def stop_row(self) -> int:
+        return self.first_row + self.heads * self.rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Regions of one layer: head h holds ``residual + context[h] + proximity + staging`` rows.
+
+    Heads are stored in ``order``, largest first, so that equal heads lie next to each other and
+    plain ops work on a few rectangles (``groups``).
+    """
+
+    residual: int
+    context: tuple[int, ...]
+    proximity: int
+    staging: int
+
+    @classmethod
+    def of(
+        cls,
+        rows: int | Sequence[int],
+        heads: int,
+        *,
+        residual: int,
+        proximity: float,
+        staging: int | None,
+    ) -> "Layout":
+        """Divide N rows per head, one number for all heads or one a head.
+
+        S = clamp(mean N / 8, 1, 256) unless ``staging`` says otherwise; P is the share ``proximity``
+        of the mean C = N - S, as far as the smallest head has room for it.
+
+        Raises:
+            ValueError: a head has too few rows (the message says the fewest that work), or the
+                table does not have one number for each head.
+        """
+        table = whole_rows(rows, heads)
+        if len(table) != heads:
+            raise ValueError(f"a table of rows per head needs {heads} numbers, one for each KV head, not {len(table)}")
+        mean = sum(table) / heads
+        stage = staging if staging is not None else _staging(mean)
+        least = smallest_rows(residual, staging if len(set(table)) == 1 else stage)
+        if min(table) < least:
+            raise ValueError(
+                f"a budget of {min(table)} rows per head is too small: the smallest that works here is {least} "
+                f"({residual} residual, {least - residual - 1} staging, 1 proximity)"
+            )
+        if sum(table) > MAX_ROWS:
+            raise ValueError(f"a budget of {max(table)} rows per head is too large: {MAX_ROWS} rows is the most")
+        newest = max(1, min(round(proximity * (mean - stage)), min(table) - residual - stage))
+        return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage)
+
+    @property
+    def heads(self) -> int:
+        return len(self.context)
+
+    @property
+    def recent(self) -> int:
+        """Rows of the recent store, the same for all heads."""
+        return self.proximity + self.staging
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """N_h of each head, in the model's order of heads."""
+        return tuple(self.residual + m + self.recent for m in self.context)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens up to which no head merges or evicts anything."""
+        return min(self.rows)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The model's head behind each stored head."""
+        return tuple(sorted(range(self.heads), key=lambda h: -self.context[h]))
+
+    @cached_property
+    def in_model_order(self) -> bool:
+        return self.order == tuple(range(self.heads))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First kept row of each stored head, and the number of kept rows at the end (H + 1 ints)."""
+        starts = [0]
+        for h in self.order:
+            starts.append(starts[-1] + self.residual + self.context[h])
+        return tuple(starts)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        found = []
+        for context, members in groupby(range(self.heads), key=lambda i: self.context[self.order[i]]):
+            first, *others = members
+            found.append(Group(first, 1 + len(others), context, self.starts[first], self.residual + context))
+        return tuple(found)
+
+    def nbytes(self, shape: LayerShape, batch: int = 1) -> int:
+        """Bytes of all arrays of one layer's cache."""
+        width = shape.head_dim + shape.value_dim
+        kept = self.starts[-1] * (width * shape.itemsize + 3 * FLOAT32)  # weight, score, position
+        recent = self.heads * self.recent * (width * shape.itemsize + FLOAT32)  # score
+        sums = self.heads * self.residual * (width + 2) * FLOAT32  # sums, squares, spread
+        return batch * (kept + recent + sums)
+
+
+def whole_rows(rows: int | Sequence[int], heads: int) -> list[int]:
+    """A table of rows per head from one number for all heads or one a head.
+
+    Raises:
+        ValueError: something else than whole numbers.
+    """
+    try:
+        return [index(n) for n in rows] if isinstance(rows, Iterable) else [index(rows)] * heads
+    except TypeError as error:
+        raise ValueError(f"rows per head are whole numbers, one or one for each KV head, not {rows!r}") from error
+
+
+def smallest_rows(residual: int, staging: int | None) -> int:
+    """The fewest rows per head that work: all residual rows, the staging region and one proximity row."""
+    rows = residual + (staging or 1) + 1
+    while staging is None and rows < residual + _staging(rows) + 1:
+        rows += 1
+    return rows
+
+
+def _staging(mean: float) -> int:
+    return max(1, min(MAX_STAGING, int(mean / 8)))

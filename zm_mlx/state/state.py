@@ -1,0 +1,216 @@
+"""The state of one layer's cache: a value that operations replace and never edit.
+
+One exception: new rows are written in place into the recent store, behind the filled ones. An older
+state that shares the store does not see them, but two states that go on from it must not share it.
+B sequences, H KV heads in the layout's order of storage, K = Σ_h (R + M_h) kept rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .layout import Group, LayerShape, Layout
+from .rows import Dense
+
+
+class Scores(NamedTuple):
+    """Importance of each row, float32: of the kept rows [B, K] and of the recent ones [B, H, n]."""
+
+    kept: mx.array
+    recent: mx.array
+
+    @classmethod
+    def zeros_like(cls, other: "Scores") -> "Scores":
+        return cls(*map(mx.zeros_like, other))
+
+
+class Kept(NamedTuple):
+    """Residual and context rows, each head's contiguous: rows [B, K], weight [B, K] float32, position [B, K] int32.
+
+    Until tokens are first merged or evicted, a head's rows are raw tokens in order; afterwards its
+    first R rows are residual, the others context in the order of their positions. A weight is the
+    tokens behind a row (0: empty), a position that of a raw token (-1: none).
+    """
+
+    rows: Dense
+    weight: mx.array
+    position: mx.array
+
+    def of(self, group: Group) -> "Kept":
+        """The rows of one group as rectangles: [B, K, …] becomes [B, heads, rows, …]."""
+        return Kept(
+            self.rows.map(lambda x: rectangle(x, group)), rectangle(self.weight, group), rectangle(self.position, group)
+        )
+
+    def first(self, count: int) -> "Kept":
+        """The first ``count`` rows of each head of a group."""
+        return Kept(self.rows.map(lambda x: x[:, :, :count]), self.weight[:, :, :count], self.position[:, :, :count])
+
+
+class Residuals(NamedTuple):
+    """The exact float32 sums behind the residual rows, and what follows from them.
+
+    spread [B, H, R], the variance of the keys behind a row averaged over dimensions;
+    key_sum [B, H, R, D], value_sum [B, H, R, Dv], square_sum [B, H, R] of ‖k‖².
+    """
+
+    spread: mx.array
+    key_sum: mx.array
+    value_sum: mx.array
+    square_sum: mx.array
+
+    def of(self, group: Group) -> "Residuals":
+        return Residuals(*(x[:, group.first_head : group.stop_head] for x in self))
+
+
+class Merged(NamedTuple):
+    """Residual rows after a merge: rows, weight and score [B, H, R], and the sums behind them."""
+
+    rows: Dense
+    weight: mx.array
+    score: mx.array
+    residuals: Residuals
+
+
+class Call(NamedTuple):
+    """What one call of attention brings: queries [B, H * G, L, D], their scale, sinks [H * G] or none."""
+
+    queries: mx.array
+    scale: float
+    sinks: mx.array | None = None
+
+    @property
+    def length(self) -> int:
+        return int(self.queries.shape[2])
+
+    def at(self, begin: int, end: int) -> "Call":
+        """The same with the queries from ``begin`` to ``end``."""
+        return self._replace(queries=self.queries[:, :, begin:end])
+
+
+class State(NamedTuple):
+    """All arrays and clocks of one layer.
+
+    Row j of the recent store, [B, H, n], is the raw token at position ``departed + j``; ``departed``
+    tokens have left it for the kept store, ``filled`` rows of it are in use, and
+    ``since_compaction`` tokens arrived after the last compaction.
+    """
+
+    kept: Kept
+    residuals: Residuals
+    recent: Dense
+    scores: Scores
+    departed: int
+    filled: int
+    since_compaction: int
+
+    @classmethod
+    def empty(cls, layout: Layout, like: Dense, recent_rows: int) -> "State":
+        """No tokens yet, for rows ``like`` those to come.
+
+        Compactions are aligned so that none merges anything before token ``layout.capacity``.
+        """
+        batch, dims = like.shape[0], (like.head_dim, like.value_dim)
+        rows, sums = (batch, layout.starts[-1]), (batch, layout.heads, layout.residual)
+        recent = (batch, layout.heads, recent_rows)
+        return cls(
+            kept=Kept(Dense.zeros(rows, *dims, like.dtype), mx.zeros(rows), mx.full(rows, -1, mx.int32)),
+            residuals=Residuals(mx.zeros(sums), mx.zeros((*sums, dims[0])), mx.zeros((*sums, dims[1])), mx.zeros(sums)),
+            recent=Dense.zeros(recent, *dims, like.dtype),
+            scores=Scores(mx.zeros(rows), mx.zeros(recent)),
+            departed=0,
+            filled=0,
+            since_compaction=-layout.capacity % layout.staging,
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return self.departed + self.filled
+
+    @property
+    def recent_rows(self) -> int:
+        """Rows that the recent store has room for."""
+        return int(self.recent.keys.shape[2])
+
+    @property
+    def shape(self) -> LayerShape:
+        """What a token takes in this state."""
+        rows = self.recent
+        return LayerShape(rows.shape[1], rows.head_dim, rows.value_dim, rows.dtype.size, str(rows.dtype))
+
+    def takes(self, new: Dense) -> bool:
+        """Whether new rows [B, H, L] have the batch, heads, dims and dtype of these."""
+        keys, mine = new.keys.shape, self.recent.keys.shape
+        return bool(
+            keys[:2] == mine[:2]
+            and keys[3] == mine[3]
+            and new.values.shape[3] == self.recent.values.shape[3]
+            and new.keys.dtype == self.recent.keys.dtype
+        )
+
+    def arrays(self) -> list[mx.array]:
+        return [*self.kept.rows, *self.kept[1:], *self.residuals, *self.recent, *self.scores]
+
+    def appended(self, new: Dense) -> "State":
+        """The state with new rows [B, H, L] behind the filled ones, for which there is room."""
+        self.recent.write(self.filled, new)
+        return self._replace(filled=self.filled + new.keys.shape[2])
+
+    def with_recent_rows(self, rows: int, leaving: int = 0) -> "State":
+        """The state without the ``leaving`` oldest recent rows, in a recent store of ``rows`` rows."""
+        count = self.filled - leaving
+
+        def moved(x: mx.array) -> mx.array:
+            behind = [(0, 0)] * 2 + [(0, rows - count)] + [(0, 0)] * (x.ndim - 3)
+            return mx.pad(x[:, :, leaving : leaving + count], behind)
+
+        return self._replace(
+            recent=self.recent.map(moved),
+            scores=self.scores._replace(recent=moved(self.scores.recent)),
+            departed=self.departed + leaving,
+            filled=count,
+        )
+
+    def without_leaving(self, layout: Layout, leaving: int) -> "State":
+        """The state at the end of a compaction, once the kept store holds the ``leaving`` oldest recent rows."""
+        if not leaving and self.recent_rows <= layout.recent:
+            return self
+        return self.with_recent_rows(layout.recent, leaving)
+
+    def leaving(self, layout: Layout) -> int:
+        """Recent rows that a compaction takes: all but the newest ``proximity`` and those staged since the last one."""
+        return max(0, self.filled - layout.proximity - self.since_compaction)
+
+
+Step = Callable[[mx.array, State], tuple[mx.array, Scores]]  # attention for queries of one more token, see decode.py
+
+
+def rectangle(x: mx.array, group: Group) -> mx.array:
+    """One group of an array with something for each kept row: [B, K, …] → [B, heads, rows, …]."""
+    rows = x[:, group.first_row : group.stop_row]
+    return rows.reshape(x.shape[0], group.heads, group.rows, *x.shape[2:])
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """The inverse of ``rectangle`` over all groups."""
+    flat = [x.flatten(1, 2) for x in parts]
+    return flat[0] if len(flat) == 1 else mx.concatenate(flat, axis=1)
+
+
+def to_storage(x: mx.array, layout: Layout, axis: int) -> mx.array:
+    """KV heads, or the query heads of each, from the model's order into the order of storage."""
+    return _reorder(x, layout, axis, layout.order)
+
+
+def to_model(x: mx.array, layout: Layout, axis: int) -> mx.array:
+    """The inverse of ``to_storage``."""
+    return _reorder(x, layout, axis, sorted(range(layout.heads), key=layout.order.__getitem__))
+
+
+def _reorder(x: mx.array, layout: Layout, axis: int, order: Sequence[int]) -> mx.array:
+    if layout.in_model_order:
+        return x
+    split = x.reshape(*x.shape[:axis], layout.heads, x.shape[axis] // layout.heads, *x.shape[axis + 1 :])
+    return mx.take(split, mx.array(list(order)), axis=axis).reshape(x.shape)
