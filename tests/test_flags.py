@@ -151,7 +151,7 @@ def test_help_names_the_real_default_model_and_remarks_what_is_refused(capsys, d
         (["--kv-budget", "inf"], "--kv-budget"),
         (["--prompt-cache-file", ""], "--prompt-cache-file needs a name"),
         (["--prompt-cache-file", "x", "--system-prompt", "y"], "--system-prompt does not go with --prompt-cache-file"),
-        (["--prefill", "exact", "--prefill-step-size", "1"], "--prefill exact needs a --prefill-step-size of 2 or more"),
+        (["--prefill", "exact", "--prefill-step-size", "1"], "--prefill exact needs a --prefill-step-size of 2"),
     ],
 )
 def test_names_that_cannot_be_are_one_line(capsys, argv, words):

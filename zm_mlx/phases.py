@@ -33,10 +33,6 @@ class Streaming:
         """Rows of the recent store that an empty cache begins with."""
         return layout.recent
 
-    def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
-        """The state and phase in which a call is taken."""
-        return state, self
-
     def room(self, state: State, ops: Operations) -> int:
         """Tokens until something happens: the staging region is full."""
         return ops.layout.staging - state.since_compaction
@@ -172,13 +168,15 @@ def take(phase: Phase, call: Call, new: Dense, state: State, ops: Operations) ->
     Returns:
         output [B, H * G, L, Dv] in the dtype of the queries, and what state and phase follow.
     """
-    state, phase = phase.prepared(state, call, ops)
-    if call.length == 1 and isinstance(phase, Streaming):
+    length = call.length
+    if isinstance(phase, ExactPrompt):
+        state, phase = phase.prepared(state, call, ops)
+    if length == 1 and isinstance(phase, Streaming):
         return phase.token(call, new, state, ops)
     outputs: list[mx.array] = []
     begin = 0
-    while begin < call.length:
-        end = min(call.length, begin + phase.room(state, ops))
+    while begin < length:
+        end = min(length, begin + phase.room(state, ops))
         block, rows = call.at(begin, end), Dense(new.keys[:, :, begin:end], new.values[:, :, begin:end])
         if outputs:  # one block after the other, or the logits of all exist at once
             block = block._replace(queries=after(block.queries, outputs[-1]))

@@ -188,16 +188,16 @@ class ZeroMergeCache:
             raise UnsupportedModelError("attention is called more than once for one update of its cache")
         if keys is not pending.keys or values is not pending.values:
             raise UnsupportedModelError("attention does not use the keys and values of its cache as they are")
-        layout, length = self.layout, keys.shape[2]
+        layout, length = self.operations.layout, keys.shape[2]
         if queries.shape[2] != length or queries.shape[1] % layout.heads:
             raise UnsupportedModelError(
                 f"queries {queries.shape} do not match the {length} new tokens of {layout.heads} KV heads"
             )
         if not layout.in_model_order:
-            queries, keys, values = (to_storage(x, layout, 1) for x in (queries, keys, values))
+            queries, pending = to_storage(queries, layout, 1), pending.map(lambda x: to_storage(x, layout, 1))
             sinks = None if sinks is None else to_storage(sinks, layout, 0)
         out, self.layer, self.phase = phases.take(
-            self.phase, Call(queries, scale, sinks), Dense(keys, values), self.layer, self.operations
+            self.phase, Call(queries, scale, sinks), pending, self.layer, self.operations
         )
         return out if layout.in_model_order else to_model(out, layout, 1)
 

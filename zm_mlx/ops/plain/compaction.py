@@ -62,16 +62,20 @@ def _group(
 
     pool = old.rows.zip(new, pooled)
     scores, positions = pooled(old_scores, new_scores), pooled(old.position, positions)
-    worth = pooled(rectangle(importance.kept, group), importance.recent[:, heads, :leaving])
+    worth = scores
+    if importance is not state.scores:
+        worth = pooled(rectangle(importance.kept, group), importance.recent[:, heads, :leaving])
     chosen, victims = policy.select(worth, group.context)
     # The first rows of the context are placeholders for the residual rows.
     places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
-    kept = Kept(pool.map(lambda x: _take(x, places)), mx.ones(places.shape), _take(positions, places))
-    new_scores = _take(scores, places)
+    index = _index(places, scores.shape)
+    kept = Kept(pool.map(lambda x: _take(x, index)), mx.ones(places.shape), _take(positions, index))
+    new_scores = _take(scores, index)
     if layout.residual:
         before = old.first(layout.residual)
         merged = Merged(before.rows, before.weight, old_scores[:, :, : layout.residual], residuals)
-        merged = policy.merge(merged, pool.map(lambda x: _take(x, victims)), _take(scores, victims), fresh)
+        index = _index(victims, scores.shape)
+        merged = policy.merge(merged, pool.map(lambda x: _take(x, index)), _take(scores, index), fresh)
         residuals = merged.residuals
         none = mx.full(merged.weight.shape, -1, mx.int32)
         kept.rows.write(0, merged.rows)
@@ -80,8 +84,11 @@ def _group(
     return kept, residuals, new_scores
 
 
-def _take(x: mx.array, rows: mx.array) -> mx.array:
-    """Rows [B, h, m] of [B, h, n, …]: whole rows by one index, which is faster than element by element."""
-    batch, heads, n = x.shape[:3]
-    index = rows + mx.arange(0, batch * heads * n, n, dtype=mx.int32).reshape(batch, heads, 1)
+def _index(rows: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Rows [B, h, m] of arrays [B, h, n, …] counted over all heads: faster than element by element."""
+    batch, heads, n = shape
+    return rows + mx.arange(0, batch * heads * n, n, dtype=mx.int32).reshape(batch, heads, 1)
+
+
+def _take(x: mx.array, index: mx.array) -> mx.array:
     return x.flatten(0, 2)[index]

@@ -40,7 +40,7 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
         compiled = by_reach.get(reach)
         if compiled is None:
             compiled = by_reach[reach] = _compiled(layout, policy, scale, read, reach)
-        out, kept, new = compiled(queries, rows, tuple(state.scores), tuple(recent), mx.array(filled), sinks)
+        out, kept, new = compiled(queries, rows, state.scores, recent, mx.array(filled), sinks)
         return out, Scores(kept, new)
 
     return step
@@ -49,7 +49,7 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
 class _Bound(NamedTuple):
     """The kept rows of a group as a step reads them."""
 
-    keys: mx.array  # [B, h, rows, D]
+    keys: mx.array  # [B, h, D, rows]
     values: mx.array  # [B, h, rows, Dv]
     log_mass: mx.array  # [B, h, 1, R], or of all rows as long as they are raw; -inf where empty
     spread: mx.array  # [B, h, 1, R], or nothing as long as they are raw
@@ -60,7 +60,8 @@ class _Bound(NamedTuple):
         merged = read > group.rows
         weight = kept.weight[:, :, None, : layout.residual] if merged else kept.weight[:, :, None]
         spread = state.residuals.of(group).spread[:, :, None]
-        return cls(*kept.rows, policy.log_mass(weight), spread if merged else spread[..., :0])
+        keys, values = kept.rows
+        return cls(keys.swapaxes(2, 3), values, policy.log_mass(weight), spread if merged else spread[..., :0])
 
 
 def _rows_to_read(layout: Layout, departed: int) -> int:
@@ -93,15 +94,15 @@ def _compiled(
         outputs, on_kept, on_recent = [], [], []
         for group, bound in zip(layout.groups, map(_Bound._make, kept), strict=True):
             heads = slice(group.first_head, group.stop_head)
-            old, new = Dense(bound.keys, bound.values), Dense(*recent).map(_part(heads, reach))
-            of_group, rows = q[:, heads], old.shape[2]
+            new = Dense(*recent).map(_part(heads, reach))
+            of_group, rows = q[:, heads], bound.values.shape[2]
             logits = [mx.where(recent_rows < filled, new.dots(of_group), -mx.inf)]
             if rows:
-                logits[:0] = compensated(old.dots(of_group), bound.log_mass, bound.spread, of_group, policy)
+                logits[:0] = compensated(of_group @ bound.keys, bound.log_mass, bound.spread, of_group, policy)
             p = softmax(logits, None if sinks is None else sinks[heads])
             p_kept, p_recent = p[..., :rows], p[..., rows:]
             out = new.weigh(p_recent)
-            outputs.append(old.weigh(p_kept, out) if rows else out)
+            outputs.append(mx.addmm(out, p_kept, bound.values) if rows else out)
             on_kept.append(_padded(p_kept.sum(axis=2), group.rows).flatten(1, 2))
             on_recent.append(_padded(p_recent.sum(axis=2), scores[1].shape[2]))
         mass = (mx.concatenate(on_kept, axis=1), mx.concatenate(on_recent, axis=1))
