@@ -1,5 +1,7 @@
 """What a request gets: rows per layer, the way its prompt is taken, and why; then the caches."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,11 +10,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 
 from ..budget import Budget, Request, largest, resolve, total_bytes
+from ..calibration.finding import Search
+from ..calibration.table import Table
 from ..ops.choose import Mode
 from ..phases import Prefill
 from ..policies import Policy
 from ..state.layout import LayerShape, Layout
 from .cache import ZeroMergeCache
+from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
 from .memory import free_bytes
 from .probe import probe
@@ -31,6 +36,8 @@ class Plan:
     prompt_length: int | None
     budget_reason: str
     prefill_reason: str
+    heads_reason: str  # where the rows of each head come from
+    complaints: tuple[str, ...] = ()  # tables that were found and do not work
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +75,7 @@ def plan_cache(
     prompt_length: int | None = None,
     prefill: Literal["auto", "exact", "streaming"] = "auto",
     max_tokens: int = 0,
-    head_rows: HeadRows | None = None,
+    head_rows: HeadRows | Wanted = "auto",
     policy: Policy | None = None,
 ) -> Plan:
     """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``."""
@@ -88,17 +95,37 @@ def plan_cache(
     shapes = probe(model)
     other = _other_bytes(model, shapes[0])
     free = free_bytes()
-    if head_rows is not None and kv_budget is not None:
-        raise ValueError("head_rows says the rows of every head: give kv_budget=None with it")
-    if head_rows is None and kv_budget is None:
-        raise ValueError("kv_budget must be given unless head_rows is")
-    budget = Budget.of_heads(head_rows) if head_rows is not None else Budget.parse(kv_budget or "auto")
+    budget, wanted = _asked(kv_budget, head_rows)
     request = Request(prompt_length, max_tokens, context_of(model), free, other)
     resolved = resolve(budget, shapes, policy, request)
-    draft = Plan(resolved.layouts, tuple(shapes), policy, "streaming", prompt_length, resolved.reason, "as asked")
+    heads = Sharing(resolved.layouts, "as given")
+    if budget.kind != "table":
+        heads = share_out(model, wanted, resolved.layouts, shapes, request)
+    draft = Plan(
+        layouts=heads.layouts,
+        shapes=tuple(shapes),
+        policy=policy,
+        prefill="streaming",
+        prompt_length=prompt_length,
+        budget_reason=resolved.reason,
+        prefill_reason="as asked",
+        heads_reason=heads.reason,
+        complaints=heads.complaints,
+    )
     _require_room(draft, prefill, other)
     taken, why = _choose_prefill(draft, prefill, free)
     return replace(draft, prefill=taken, prefill_reason=why)
+
+
+def _asked(kv_budget: str | int | float | Budget | None, head_rows: HeadRows | Wanted) -> tuple[Budget, Wanted]:
+    """The budget, and by which table it is shared out."""
+    if head_rows is None or isinstance(head_rows, str | os.PathLike | Table | Search):
+        if kv_budget is None:
+            raise ValueError("kv_budget must be given unless head_rows says the rows of every head")
+        return Budget.parse(kv_budget), head_rows
+    if kv_budget is not None:
+        raise ValueError("head_rows says the rows of every head: give kv_budget=None with it")
+    return Budget.of_heads(head_rows), None
 
 
 def make_prompt_cache(
@@ -108,7 +135,7 @@ def make_prompt_cache(
     prompt_length: int | None = None,
     prefill: Literal["auto", "exact", "streaming"] = "auto",
     max_tokens: int = 0,
-    head_rows: HeadRows | None = None,
+    head_rows: HeadRows | Wanted = "auto",
     policy: Policy | None = None,
     kernels: Mode | None = None,
 ) -> list[Any]:
@@ -127,13 +154,17 @@ def make_prompt_cache(
         prefill: "exact" keeps the prompt whole and compacts it once, with memory for all of it;
             "streaming" never holds more than the budget and one chunk; "auto" is exact where the
             prompt's length is known and fits into memory.
-        max_tokens: tokens to generate; only a budget of "auto" uses it.
-        head_rows: rows of each KV head of each layer with full attention, instead of a budget.
+        max_tokens: tokens to generate; a budget of "auto" and a table of rows per head use it.
+        head_rows: how the budget's rows are shared out among KV heads: "auto" by the model's calibrated
+            table where there is one (``python -m zm_mlx.calibrate`` makes it; a request that fits without
+            compression stays uniform), ``None`` uniformly, or by the table of a file. With ``kv_budget=None``
+            the rows of each KV head of each layer with full attention.
         policy: settings of the method; the defaults need no tuning.
         kernels: "metal" or "ops"; without it Metal where there is a GPU (see ``zm_mlx.ops.choose``).
 
     Raises:
-        ValueError: the budget, the table or a setting does not work (the message says what does).
+        ValueError: the budget, the rows or a setting does not work (the message says what does); a
+            ``TableError`` where the table of a file is damaged or of another model.
         UnsupportedModelError: the model's attention cannot run on this cache.
     """
     plan = plan_cache(
@@ -145,6 +176,8 @@ def make_prompt_cache(
         head_rows=head_rows,
         policy=policy,
     )
+    for complaint in plan.complaints:
+        warnings.warn(complaint, stacklevel=2)
     return plan.caches(model, kernels)
 
 

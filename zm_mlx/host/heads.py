@@ -1,0 +1,51 @@
+"""How a budget's context rows are shared out among the KV heads of a model: by its table, or uniformly."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.nn as nn
+
+from ..budget import Request
+from ..calibration.finding import Found, Search, find
+from ..calibration.fingerprint import fingerprint
+from ..calibration.table import Table
+from ..state.layout import LayerShape, Layout
+
+Wanted = Table | Search | str | os.PathLike[str] | None  # "auto" searches, any other text is a file
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Layouts of all layers, where their heads' rows come from, and the tables that were passed over."""
+
+    layouts: tuple[Layout, ...]
+    reason: str
+    complaints: tuple[str, ...] = ()
+
+
+def share_out(
+    model: nn.Module, wanted: Wanted, uniform: tuple[Layout, ...], shapes: Sequence[LayerShape], request: Request
+) -> Sharing:
+    """Uniform layouts, or those that a table makes of them.
+
+    A request that fits uniformly stays so: with a table its smallest heads would compress, and nothing has to be.
+
+    Raises:
+        TableError: the table that is wanted is damaged or of another model.
+    """
+    if wanted is None:
+        return Sharing(uniform, "uniform, as asked")
+    heads = tuple(a.heads for a in uniform)
+    search = Search() if wanted == "auto" else wanted
+    if not isinstance(search, Search):  # before anything else: what is asked for must be right though it is not needed
+        asked = search if isinstance(search, Table) else Table.read(search)
+        asked.require_model(fingerprint(model))
+        asked.require_heads(heads)
+    tokens = None if request.prompt_tokens is None else request.prompt_tokens + request.new_tokens
+    if tokens is not None and tokens <= min(a.capacity for a in uniform):
+        return Sharing(uniform, "uniform: prompt and new tokens fit")
+    found = find(model, search, heads) if isinstance(search, Search) else Found(asked)
+    if found.table is None:
+        return Sharing(uniform, f"uniform: {found.reason}", found.complaints)
+    return Sharing(found.table.layouts(uniform, shapes, tokens), found.table.words, found.complaints)
