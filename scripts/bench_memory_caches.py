@@ -218,7 +218,7 @@ def streamed(layout: Layout, shape: LayerShape, tokens: int) -> State:
         mx.array(weights * shape.heads)[None],
         mx.array(positions * shape.heads, mx.int32)[None],
     )
-    return State(kept, residuals, recent, scores, departed, filled, since_compaction)
+    return State(kept, residuals, recent, scores, empty.reading, departed, filled, since_compaction)
 
 
 def _merged(layout: Layout, shape: LayerShape, departed: int) -> tuple[Dense, Residuals, list[float], list[int]]:

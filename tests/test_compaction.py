@@ -74,6 +74,21 @@ def test_importance_selects_and_scores_stay_with_their_rows():
     assert new.scores.kept.tolist() == old[:, mx.array([1, 3, 4, 6])].tolist()
 
 
+@pytest.mark.parametrize("residual", [0, 2])
+@pytest.mark.parametrize("departed", [2, 4, 40])
+def test_what_a_second_reading_gave_stays_with_its_token(departed, residual):
+    """Each raw row carries its position as its reading; merged rows carry nothing."""
+    layout = Layout(residual, (4, 2), 2, 3, reading=True)
+    state = random_state(layout, departed=departed, filled=5)
+    position = mx.where(state.kept.weight == 1, mx.arange(8 + 2 * residual - 2, dtype=mx.int32), -1)
+    recent = mx.broadcast_to(mx.arange(departed, departed + 5), (2, 2, 5)).astype(mx.float32)
+    reading = Scores(mx.maximum(position, 0).astype(mx.float32), recent)
+    state = state._replace(kept=state.kept._replace(position=position), reading=reading)
+    new = compact(state, layout, Policy(residual=residual, pool=1), state.scores)
+    assert mx.array_equal(new.reading.kept, mx.maximum(new.kept.position, 0))
+    assert new.reading.recent[0, 0].tolist() == [departed + 3, departed + 4, 0, 0, 0]
+
+
 def test_a_long_recent_store_shrinks_though_nothing_leaves():
     layout = Layout(1, (9,), 4, 3)
     state = random_state(layout, departed=0, filled=3, batch=1).with_recent_rows(50)

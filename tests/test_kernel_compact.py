@@ -51,7 +51,11 @@ def arriving(state, layout, rng, *, leaving, levels=0):
     score = (rng.integers(0, levels, shape) / 8 if levels else rng.random(shape)).astype(np.float32)
     for x in (keys, values, score):
         x[:, :, leaving:] = np.nan
-    return arrived(state, keys, values, score)
+    state = arrived(state, keys, values, score)
+    if not layout.reading:
+        return state
+    reading = mx.array(rng.random(shape).astype(np.float32))
+    return state._replace(reading=state.reading._replace(recent=reading))
 
 
 def run(state, layout, policy, *, seed=0, trace=False, importance=None):
@@ -70,6 +74,8 @@ def fields(state):
         "recent keys": state.recent.keys,
         "recent values": state.recent.values,
         "recent": state.scores.recent,
+        "kept reading": state.reading.kept,
+        "recent reading": state.reading.recent,
     }
 
 
@@ -82,7 +88,7 @@ def assert_same(new, expected, layout, dtype):
     for (field, x), y in zip(fields(new).items(), fields(expected).values(), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, field
         x, y = f64(x), f64(y)
-        if field in ("weight", "score", "position") or field.startswith("recent"):
+        if field in ("weight", "score", "position", "kept reading") or field.startswith("recent"):
             np.testing.assert_array_equal(x, y, err_msg=field)
         elif field in ("keys", "values"):
             np.testing.assert_array_equal(x[:, ~residual], y[:, ~residual], err_msg=field)
@@ -105,10 +111,10 @@ def undecided(state, layout, leaving):
     return False
 
 
-def life(case, *, pool=5, leaving=7, steps=7, trace=False, levels=0, batch=3):
+def life(case, *, pool=5, leaving=7, steps=7, trace=False, levels=0, batch=3, reading=False):
     """The life of a state, from empty to merging, each step from the same state and in another schedule."""
     dtype, dim, value_dim, residual, table = case
-    layout, policy = Layout(residual, tuple(sorted(table, reverse=True)), 2, 3), Policy(pool=pool)
+    layout, policy = Layout(residual, tuple(sorted(table, reverse=True)), 2, 3, reading), Policy(pool=pool)
     rng = np.random.default_rng(dim + residual)
     state = empty(layout, dim, value_dim, dtype, batch)
     for step in range(steps):
@@ -124,6 +130,11 @@ def life(case, *, pool=5, leaving=7, steps=7, trace=False, levels=0, batch=3):
 @pytest.mark.parametrize("case", COVERING, ids=name)
 def test_every_phase_of_every_head_equals_the_plain_ops(case):
     life(case)
+
+
+@pytest.mark.parametrize("case", COVERING[::4], ids=name)
+def test_what_a_second_reading_gave_moves_with_its_row(case):
+    life(case, reading=True)
 
 
 @pytest.mark.parametrize("case", [COVERING[i] for i in (1, 5, 8, 11)], ids=name)

@@ -106,9 +106,9 @@ def test_a_table_for_other_heads_raises():
 
 @pytest.mark.parametrize("table", [64, [200, 40, 40]])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("residual", [0, 4])
-def test_bytes_are_those_of_the_arrays(table, dtype, residual):
-    a = of(table, 3, residual=residual)
+@pytest.mark.parametrize(("residual", "score"), [(0, "attention"), (4, "reread"), (4, "attention")])
+def test_bytes_are_those_of_the_arrays(table, dtype, residual, score):
+    a = of(table, 3, residual=residual, score=score)
     for batch in (1, 3):
         arrays = State.empty(a, Dense.zeros((batch, 3, 1), 16, 24, dtype), a.recent).arrays()
         assert a.nbytes(LayerShape(3, 16, 24, dtype.size), batch) == sum(x.nbytes for x in arrays)

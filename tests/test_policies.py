@@ -31,7 +31,7 @@ class Lengths(Policy):
     residual: int = 0
     pool: int = 1
 
-    def importance(self, state):
+    def importance(self, state, layout):
         of = lambda keys: -(keys.astype(mx.float32) ** 2).sum(axis=-1)  # noqa: E731
         return Scores(of(state.kept.rows.keys), of(state.recent.keys))
 

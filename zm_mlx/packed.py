@@ -16,7 +16,7 @@ from .state.layout import Layout
 from .state.rows import Dense
 from .state.state import Kept, Residuals, Scores, State
 
-FORMAT = 2
+FORMAT = 3
 
 Packed = list[mx.array | str | None]
 
@@ -36,7 +36,7 @@ def pack(contents: Contents) -> Packed:
     prompt = phase if isinstance(phase, ExactPrompt) else None
     facts = {
         "format": FORMAT,
-        "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging],
+        "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging, layout.reading],
         "policy": {"name": policies.name_of(policy), **policy.as_dict()},
         "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale],
         "clock": None if state is None else [state.departed, state.filled, state.since_compaction],
@@ -60,7 +60,7 @@ def unpack(packed: Sequence[Any]) -> Contents:
         raise ValueError(
             f"the cache was saved with the policy {name!r}, which is none of {', '.join(policies.BY_NAME)}"
         )
-    residual, context, proximity, staging = facts["layout"]
+    residual, context, *rest = facts["layout"]
     arrays = [None if x is None else mx.array(x) for x in found]
     *stores, queries, sinks = arrays
     phase: Phase = Streaming()
@@ -68,7 +68,7 @@ def unpack(packed: Sequence[Any]) -> Contents:
         length, before, scale = facts["prompt"]
         phase = ExactPrompt(length, before, queries, scale, sinks)
     return Contents(
-        Layout(residual, tuple(context), proximity, staging),
+        Layout(residual, tuple(context), *rest),
         policies.BY_NAME[name](**facts["policy"]),
         phase,
         _state(stores, facts["clock"]) if stores else None,
@@ -83,4 +83,4 @@ def _state(arrays: list[Any], clock: list[int]) -> State:
         return [next(rest) for _ in range(count)]
 
     kept = Kept(Dense(*some(2)), *some(2))
-    return State(kept, Residuals(*some(4)), Dense(*some(2)), Scores(*some(2)), *clock)
+    return State(kept, Residuals(*some(4)), Dense(*some(2)), Scores(*some(2)), Scores(*some(2)), *clock)

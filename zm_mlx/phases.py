@@ -47,16 +47,16 @@ class Streaming:
 
     def token(self, call: Call, new: Dense, state: State, ops: Operations) -> "Taken":
         """``take`` for one token, with as little Python as it takes."""
-        kept, residuals, recent, scores, departed, filled, since = state
+        kept, residuals, recent, scores, reading, departed, filled, since = state
         recent.write(filled, new)
-        state = State(kept, residuals, recent, scores, departed, filled + 1, since + 1)
+        state = State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1)
         step = self.step or ops.bind(call, state)
         out, scores = step(call.queries, state)
         if since + 1 < ops.layout.staging:
-            state = State(kept, residuals, recent, scores, departed, filled + 1, since + 1)
+            state = State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1)
             # The output needs the new rows, and a step evaluates the scores with it.
             return out, state, self if self.step else Streaming(step)
-        state = ops.compact(State(kept, residuals, recent, scores, departed, filled + 1, 0))
+        state = ops.compact(State(kept, residuals, recent, scores, reading, departed, filled + 1, 0))
         return _with_arrays(out, state, self), state, Streaming()
 
     def finish(self, state: State, ops: Operations) -> State:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -11,6 +11,8 @@ from ..state.layout import Layout, smallest_rows
 from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
 from . import merging, selection
+
+SCORES = ("attention", "reread")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Policy:
         kappa: cap, in nats, of the second-order term of a merged row's logit.
         decay: λ, what is left of a token's importance one query later, in (0, 1].
         pool: neighbouring rows over which importance is max-pooled for selection; odd.
+        score: what importance is: "attention" alone, or united with a second reading of the prompt ("reread").
 
     Raises:
         ValueError: a setting is outside its range.
@@ -41,6 +44,7 @@ class Policy:
     kappa: float = 3.0
     decay: float = 0.98
     pool: int = 13
+    score: Literal["attention", "reread"] = "attention"
 
     def __post_init__(self) -> None:
         for name in ("residual", "pool", "staging"):
@@ -63,6 +67,8 @@ class Policy:
             raise ValueError(f"decay must be in (0, 1], not {self.decay}")
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool must be an odd number of rows, not {self.pool}")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
 
     # ---- rows
 
@@ -72,7 +78,14 @@ class Policy:
         Raises:
             ValueError: as ``Layout.of``.
         """
-        return Layout.of(rows, heads, residual=self.residual, proximity=self.proximity, staging=self.staging)
+        return Layout.of(
+            rows,
+            heads,
+            residual=self.residual,
+            proximity=self.proximity,
+            staging=self.staging,
+            reading=self.reads,
+        )
 
     @property
     def smallest(self) -> int:
@@ -82,6 +95,11 @@ class Policy:
     # ---- behaviour
 
     @property
+    def reads(self) -> bool:
+        """Whether importance comes from ``State.reading`` too, so that rows must carry it."""
+        return self.score == "reread"
+
+    @property
     def window(self) -> int | None:
         """Queries at the end of an exact prefill that decide the scores; ``None`` is all of them.
 
@@ -89,7 +107,7 @@ class Policy:
         """
         return None if self.decay == 1 else 512
 
-    def importance(self, state: State) -> Scores:
+    def importance(self, state: State, layout: Layout) -> Scores:
         """What each row is worth when a compaction selects: the decayed sum of its attention (method.md 3)."""
         return state.scores
 

@@ -58,6 +58,7 @@ class Layout:
     context: tuple[int, ...]
     proximity: int
     staging: int
+    reading: bool = False  # rows carry the importance of a second reading as well
 
     @classmethod
     def of(
@@ -68,6 +69,7 @@ class Layout:
         residual: int,
         proximity: float,
         staging: int | None,
+        reading: bool = False,
     ) -> "Layout":
         """Divide N rows per head, one number for all heads or one a head.
 
@@ -92,7 +94,7 @@ class Layout:
         if sum(table) > MAX_ROWS:
             raise ValueError(f"a budget of {max(table)} rows per head is too large: {MAX_ROWS} rows is the most")
         newest = max(1, min(round(proximity * (mean - stage)), min(table) - residual - stage))
-        return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage)
+        return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage, reading)
 
     @property
     def heads(self) -> int:
@@ -140,9 +142,9 @@ class Layout:
 
     def nbytes(self, shape: LayerShape, batch: int = 1) -> int:
         """Bytes of all arrays of one layer's cache."""
-        width = shape.head_dim + shape.value_dim
-        kept = self.starts[-1] * (width * shape.itemsize + 3 * FLOAT32)  # weight, score, position
-        recent = self.heads * self.recent * (width * shape.itemsize + FLOAT32)  # score
+        width, scores = shape.head_dim + shape.value_dim, 1 + self.reading
+        kept = self.starts[-1] * (width * shape.itemsize + (2 + scores) * FLOAT32)  # weight, position
+        recent = self.heads * self.recent * (width * shape.itemsize + scores * FLOAT32)
         sums = self.heads * self.residual * (width + 2) * FLOAT32  # sums, squares, spread
         return batch * (kept + recent + sums)
 

@@ -24,6 +24,11 @@ class Scores(NamedTuple):
     def zeros_like(cls, other: "Scores") -> "Scores":
         return cls(*map(mx.zeros_like, other))
 
+    @classmethod
+    def none_like(cls, other: "Scores") -> "Scores":
+        """In place of importance that nobody uses: without elements."""
+        return cls(*(x[..., :0] for x in other))
+
 
 class Kept(NamedTuple):
     """Residual and context rows, each head's contiguous: rows [B, K], weight [B, K] float32, position [B, K] int32.
@@ -95,12 +100,16 @@ class State(NamedTuple):
     Row j of the recent store, [B, H, n], is the raw token at position ``departed + j``; ``departed``
     tokens have left it for the kept store, ``filled`` rows of it are in use, and
     ``since_compaction`` tokens arrived after the last compaction.
+
+    ``scores`` is importance by attention. ``reading`` is what a raw token was worth when it was read a
+    second time, 0 if it was not; where the layout has no such column, it has no elements.
     """
 
     kept: Kept
     residuals: Residuals
     recent: Dense
     scores: Scores
+    reading: Scores
     departed: int
     filled: int
     since_compaction: int
@@ -114,11 +123,13 @@ class State(NamedTuple):
         batch, dims = like.shape[0], (like.head_dim, like.value_dim)
         rows, sums = (batch, layout.starts[-1]), (batch, layout.heads, layout.residual)
         recent = (batch, layout.heads, recent_rows)
+        scores = Scores(mx.zeros(rows), mx.zeros(recent))
         return cls(
             kept=Kept(Dense.zeros(rows, *dims, like.dtype), mx.zeros(rows), mx.full(rows, -1, mx.int32)),
             residuals=Residuals(mx.zeros(sums), mx.zeros((*sums, dims[0])), mx.zeros((*sums, dims[1])), mx.zeros(sums)),
             recent=Dense.zeros(recent, *dims, like.dtype),
-            scores=Scores(mx.zeros(rows), mx.zeros(recent)),
+            scores=scores,
+            reading=(Scores.zeros_like if layout.reading else Scores.none_like)(scores),
             departed=0,
             filled=0,
             since_compaction=-layout.capacity % layout.staging,
@@ -128,6 +139,11 @@ class State(NamedTuple):
     def seen(self) -> int:
         """Tokens seen."""
         return self.departed + self.filled
+
+    @property
+    def reads(self) -> bool:
+        """Whether rows carry the importance of a second reading."""
+        return bool(self.reading.recent.shape[2])
 
     @property
     def recent_rows(self) -> int:
@@ -151,7 +167,7 @@ class State(NamedTuple):
         )
 
     def arrays(self) -> list[mx.array]:
-        return [*self.kept.rows, *self.kept[1:], *self.residuals, *self.recent, *self.scores]
+        return [*self.kept.rows, *self.kept[1:], *self.residuals, *self.recent, *self.scores, *self.reading]
 
     def appended(self, new: Dense) -> "State":
         """The state with new rows [B, H, L] behind the filled ones, for which there is room."""
@@ -169,6 +185,7 @@ class State(NamedTuple):
         return self._replace(
             recent=self.recent.map(moved),
             scores=self.scores._replace(recent=moved(self.scores.recent)),
+            reading=self.reading._replace(recent=moved(self.reading.recent)) if self.reads else self.reading,
             departed=self.departed + leaving,
             filled=count,
         )

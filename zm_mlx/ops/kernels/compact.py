@@ -55,6 +55,8 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
         plan = _selected(state, layout, policy, importance)
         merged = merge(state, layout, plan.victims) if layout.residual and any(_pools(state, layout)) else None
         kept, scores = _copied(state, layout, plan.source, merged)
+        if state.reads:
+            state = state._replace(reading=state.reading._replace(kept=_moved(state.reading, plan.source)))
         state = state._replace(
             kept=kept,
             scores=state.scores._replace(kept=scores),
@@ -101,6 +103,14 @@ def _copied(state: State, layout: Layout, source: mx.array, merged: Merged | Non
         output_dtypes=[x.dtype for x in old],
     )
     return Kept(Dense(keys, values), weight, position), score
+
+
+def _moved(reading: Scores, source: mx.array) -> mx.array:
+    """What the new kept rows were worth in a second reading: nothing, if they are merged."""
+    rows = reading.kept.shape[1]
+    both = mx.concatenate([reading.kept, reading.recent.flatten(1, 2)], axis=1)
+    row = mx.where(source < rows, source, source - rows)  # see common.h
+    return mx.where(source < 0, 0, mx.take_along_axis(both, mx.maximum(row, 0), axis=1))
 
 
 def _pools(state: State, layout: Layout) -> list[int]:

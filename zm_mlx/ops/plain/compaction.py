@@ -20,9 +20,10 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
     """
     leaving = state.leaving(layout)
     if leaving:
-        kept, residuals, scores = zip(
+        kept, residuals, numbers = zip(
             *(_group(group, state, leaving, layout, policy, importance) for group in layout.groups), strict=True
         )
+        scores, *reading = (joined(x) for x in zip(*numbers, strict=True))
         state = state._replace(
             kept=Kept(
                 Dense.joined([k.rows.map(lambda x: x.flatten(1, 2)) for k in kept], axis=1),
@@ -30,18 +31,22 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
                 joined([k.position for k in kept]),
             ),
             residuals=Residuals(*(mx.concatenate(list(x), axis=1) for x in zip(*residuals, strict=True))),
-            scores=state.scores._replace(kept=joined(scores)),
+            scores=state.scores._replace(kept=scores),
+            reading=state.reading._replace(kept=reading[0]) if reading else state.reading,
         )
     return state.without_leaving(layout, leaving)
 
 
 def _group(
     group: Group, state: State, leaving: int, layout: Layout, policy: Policy, importance: Scores
-) -> tuple[Kept, Residuals, mx.array]:
-    """The kept rows of one group, the sums behind its residual rows, and its scores [B, h, rows]."""
+) -> tuple[Kept, Residuals, list[mx.array]]:
+    """The kept rows of one group, the sums behind its residual rows, and its scores (and reading) [B, h, rows]."""
     heads, departed = slice(group.first_head, group.stop_head), state.departed
-    old, residuals, old_scores = state.kept.of(group), state.residuals.of(group), rectangle(state.scores.kept, group)
-    new, new_scores = state.recent.map(lambda x: x[:, heads, :leaving]), state.scores.recent[:, heads, :leaving]
+    old, residuals = state.kept.of(group), state.residuals.of(group)
+    new = state.recent.map(lambda x: x[:, heads, :leaving])
+    carried = (state.scores, state.reading) if state.reads else (state.scores,)
+    numbers = [(rectangle(x.kept, group), x.recent[:, heads, :leaving]) for x in carried]
+    old_scores, new_scores = numbers[0]
     positions = mx.broadcast_to(mx.arange(departed, departed + leaving, dtype=mx.int32), new_scores.shape)
 
     if departed + leaving <= group.rows:
@@ -52,7 +57,7 @@ def _group(
         kept = Kept(
             old.rows.zip(new, filled), filled(old.weight, mx.ones(new_scores.shape)), filled(old.position, positions)
         )
-        return kept, residuals, filled(old_scores, new_scores)
+        return kept, residuals, [filled(*x) for x in numbers]
 
     fresh = departed <= group.rows
     raw = slice(0, departed) if fresh else slice(layout.residual, group.rows)
@@ -61,8 +66,8 @@ def _group(
         return mx.concatenate([x[:, :, raw], arriving], axis=2) if departed and group.rows else arriving
 
     pool = old.rows.zip(new, pooled)
-    scores, positions = pooled(old_scores, new_scores), pooled(old.position, positions)
-    worth = scores
+    pooled_numbers, positions = [pooled(*x) for x in numbers], pooled(old.position, positions)
+    worth = scores = pooled_numbers[0]
     if importance is not state.scores:
         worth = pooled(rectangle(importance.kept, group), importance.recent[:, heads, :leaving])
     chosen, victims = policy.select(worth, group.context)
@@ -70,18 +75,20 @@ def _group(
     places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
     index = _index(places, scores.shape)
     kept = Kept(pool.map(lambda x: _take(x, index)), mx.ones(places.shape), _take(positions, index))
-    new_scores = _take(scores, index)
+    taken = [_take(x, index) for x in pooled_numbers]
     if layout.residual:
         before = old.first(layout.residual)
         merged = Merged(before.rows, before.weight, old_scores[:, :, : layout.residual], residuals)
         index = _index(victims, scores.shape)
         merged = policy.merge(merged, pool.map(lambda x: _take(x, index)), _take(scores, index), fresh)
         residuals = merged.residuals
-        none = mx.full(merged.weight.shape, -1, mx.int32)
         kept.rows.write(0, merged.rows)
-        for x, y in ((kept.weight, merged.weight), (kept.position, none), (new_scores, merged.score)):
+        none = mx.full(merged.weight.shape, -1, mx.int32)
+        for x, y in ((kept.weight, merged.weight), (kept.position, none), (taken[0], merged.score)):
             x[:, :, : layout.residual] = y
-    return kept, residuals, new_scores
+        for x in taken[1:]:
+            x[:, :, : layout.residual] = 0
+    return kept, residuals, taken
 
 
 def _index(rows: mx.array, shape: tuple[int, ...]) -> mx.array:
