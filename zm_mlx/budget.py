@@ -180,4 +180,4 @@ def _rows(budget: Budget, shapes: Sequence[LayerShape], policy: Policy, request:
 
 
 def _uniform(rows: int, shapes: Sequence[LayerShape], policy: Policy) -> tuple[Layout, ...]:
-    return tuple(policy.layout(rows, s.heads) for s in shapes)
+    return policy.layouts(rows, [s.heads for s in shapes])

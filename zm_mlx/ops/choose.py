@@ -71,7 +71,8 @@ class Operations:
     def compact(self, state: State) -> State:
         """``compaction.compact`` by the policy's importance."""
         operation = compact.compact if self._on_metal("compact", state) else compaction.compact
-        return operation(state, self.layout, self.policy, self.policy.importance(state, self.layout))
+        importance = self.policy.importance(state, self.layout)
+        return self.policy.compacted(state, operation(state, self.layout, self.policy, importance))
 
     def _on_metal(self, name: str, state: State, call: Call | None = None) -> bool:
         """Whether a kernel computes."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -20,7 +20,8 @@ class Policy:
     """ZeroMerge with this package's defaults; another method is a subclass in a file of its own.
 
     A subclass replaces ``importance``, ``select``, ``merge``, ``log_mass`` or ``lift``; where it
-    replaces what a Metal kernel computes, plain operations take the kernel's place.
+    replaces what a Metal kernel computes, plain operations take the kernel's place. How rows are
+    divided, and what else happens at a compaction, is no kernel's: ``layout`` to ``fitted``, ``compacted``.
     ``residual=0`` is plain eviction.
 
     Args:
@@ -45,6 +46,8 @@ class Policy:
     decay: float = 0.98
     pool: int = 13
     score: Literal["attention", "reread"] = "attention"
+
+    needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
 
     def __post_init__(self) -> None:
         for name in ("residual", "pool", "staging"):
@@ -87,6 +90,22 @@ class Policy:
             reading=self.reads,
         )
 
+    def layouts(self, rows: int, heads: Sequence[int]) -> tuple[Layout, ...]:
+        """Layouts of all layers with so many KV heads, for N rows per head on average.
+
+        Raises:
+            ValueError: as ``Layout.of``.
+        """
+        return tuple(self.layout(rows, h) for h in heads)
+
+    def fitted(self, layouts: Sequence[Layout], importance: Sequence[mx.array]) -> tuple[Layout, ...]:
+        """Layouts with as many rows, shared out for one prompt.
+
+        Args:
+            importance: in each layer, of the tokens that compete for context rows, [H, n] in the order of positions.
+        """
+        return tuple(layouts)
+
     @property
     def smallest(self) -> int:
         """The fewest rows per head that work."""
@@ -118,6 +137,10 @@ class Policy:
     def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
         """A group's residual rows with the victims in them (see ``merging.merge``)."""
         return merging.merge(merged, victims, scores, fresh)
+
+    def compacted(self, before: State, after: State) -> State:
+        """The state that a compaction leaves, where selection and merging made ``after`` of ``before``."""
+        return after
 
     def log_mass(self, weight: mx.array) -> mx.array:
         """What the tokens behind a row add to its logit: α log w (method.md 2); -inf where there are none."""
