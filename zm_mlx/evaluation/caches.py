@@ -79,7 +79,7 @@ def rows_of(policy: Policy, shapes: Sequence[LayerShape], room: int) -> int:
         ValueError: not even the fewest that work fit.
     """
     rows = largest(shapes, policy, room)
-    need = total_bytes([policy.layout(rows, s.heads) for s in shapes], shapes)
+    need = total_bytes(policy.layouts(rows, [s.heads for s in shapes]), shapes)
     if need > room:
         raise ValueError(f"{room:,} bytes are too few: the fewest rows that work take {need:,}")
     return rows

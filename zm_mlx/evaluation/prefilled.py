@@ -6,82 +6,28 @@ and queries of one and the same reading, so the model need not run again for eac
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
+from ..budget import total_bytes
 from ..host.cache import ZeroMergeCache
 from ..host.caches import ROTATING_KEEP
 from ..host.hook import replace_caches
 from ..host.model_caches import members
 from ..host.probe import probe
-from ..ops.choose import Operations, mode
-from ..ops.plain import uncompressed
-from ..phases import ExactPrompt
 from ..policies import Policy
-from ..state.layout import LayerShape, Layout
-from ..state.rows import Dense
-from ..state.state import Call, State, to_storage
+from ..policies.expected_attention import ExpectedAttention, Queries
+from ..policies.kvzip import KVzip
+from ..state.layout import Layout
+from . import expected, kvzip
 from .caches import Contender, Quantization, full, rotating, rows_of, window_rows
-
-STEP = 512  # tokens of a call of the model: bounds the memory of its logits
-
-
-class Layer(NamedTuple):
-    """What a full-attention layer computed of a prompt of T tokens, in the model's order of heads.
-
-    rows [1, H, T, D] and [1, H, T, Dv]; call: queries [1, H * G, T, D] as rotated, their scale and sinks.
-    """
-
-    rows: Dense
-    call: Call
-
-    def last(self, count: int | None) -> Call:
-        """The last ``count`` queries; all for ``None``."""
-        return self.call if count is None else self.call.at(max(0, self.call.length - count), self.call.length)
-
-
-class Recorder(ZeroMergeCache):
-    """Holds a prompt of known length whole, with its queries; a ``ZeroMergeCache`` to the attention hook only."""
-
-    def __init__(self, shape: LayerShape, length: int) -> None:
-        super().__init__(Policy().layout(Policy().smallest, shape.heads))
-        self.length = length
-        self.calls: list[Call] = []
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        new = Dense(keys, values)
-        self.layer = (self.layer or State.empty(self.layout, new, self.length)).appended(new)
-        return keys, values
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        if self.layer is None:
-            raise ValueError("attention before the first update")
-        self.calls.append(Call(queries, scale, sinks))
-        return uncompressed.attend(self.calls[-1], self.layer)
-
-    def arrays(self) -> list[mx.array]:
-        return [*(self.layer.recent if self.layer else []), *(c.queries for c in self.calls)]
-
-    def recorded(self) -> Layer:
-        """All that was computed.
-
-        Raises:
-            ValueError: nothing was.
-        """
-        if self.layer is None:
-            raise ValueError("the model did not use this cache")
-        queries = mx.concatenate([c.queries for c in self.calls], axis=2)
-        return Layer(self.layer.recent, self.calls[-1]._replace(queries=queries))
+from .exact import Source, compressed, fitted
+from .recording import STEP, Layer, evaluate, read, record
 
 
 class Prompted:
@@ -91,6 +37,7 @@ class Prompted:
         model: any model that this package serves.
         tokens: the prompt without its last token. That one is fed first when generation begins, as in mlx-lm, so
             that every logit comes from the compressed cache.
+        tokenizer: the model's, which only KVzip needs: it asks the model to repeat the prompt.
 
     Attributes:
         layers: what each full-attention layer computed.
@@ -101,89 +48,94 @@ class Prompted:
         UnsupportedModelError: the model cannot be served.
     """
 
-    def __init__(self, model: nn.Module, tokens: Sequence[int] | mx.array) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, tokens: Sequence[int] | mx.array, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.tokens = as_array(tokens)
         if not self.tokens.size:
             raise ValueError("a prompt needs at least one token besides its last one")
         self.shapes = probe(model)
-        recorders = [Recorder(shape, len(self)) for shape in self.shapes]
-        self._own = make_prompt_cache(model)  # sliding-window and recurrent layers read the prompt with these
-        caches = replace_caches(self._own, recorders.__getitem__)
-        for begin in range(0, len(self), STEP):
-            model(self.tokens[None, begin : begin + STEP], cache=caches)
-            _evaluate(caches)
-        self.layers = [r.recorded() for r in recorders]
-        mx.eval([x.call.queries for x in self.layers])
+        self._recording = record(model, self.tokens, self.shapes)
 
     def __len__(self) -> int:
         return int(self.tokens.size)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self._recording.layers
 
     def caches(self, contender: Contender) -> list[Any]:
         """Caches that have seen the prompt, one for each layer of the model; new ones at each call.
 
         Raises:
-            ValueError: the budget is too small for this contender.
+            ValueError: the budget is too small for this contender, or it does not work in this way.
         """
-        make = self._streaming(contender) if contender.streaming else self._exact(contender)
         if not contender.streaming:
-            return replace_caches(fork(self._own), make)
-        caches = replace_caches(make_prompt_cache(self.model), make)
-        for begin in range(0, len(self), STEP):
-            self.model(self.tokens[None, begin : begin + STEP], cache=caches)
-            _evaluate(caches)
+            return replace_caches(fork(self._recording.others), self._exact(contender))
+        caches = replace_caches(make_prompt_cache(self.model), self._streaming(contender))
+        read(self.model, caches, self.tokens)
         return caches
 
     def _exact(self, contender: Contender) -> Callable[[int], Any]:
         """The i-th full-attention layer's cache, compressed from the recorded prompt."""
-        room = contender.room(self.shapes, len(self))
         if contender.method == "full":
             return lambda i: full(self.layers[i].rows)
         if contender.method == "rotating":
-            rows = window_rows(self.shapes, room)
+            rows = window_rows(self.shapes, self._room(contender))
             return lambda i: rotating(self.layers[i].rows, rows)
         if contender.method == "quantized":
             numbers = Quantization.within(self.shapes, contender.budget)
             return lambda i: numbers.of(self.layers[i].rows)
-        layouts = self._layouts(contender)
-        return lambda i: compressed(self.layers[i], layouts[i], contender.settings or Policy())
+        sources = self._sources(contender.settings or Policy())
+        layouts = fitted(sources, self._layouts(contender))
+        if total_bytes(layouts, self.shapes) > self._room(contender):
+            raise ValueError("layers differ in what a row takes: rows cannot be moved between them at equal bytes")
+        return lambda i: compressed(sources[i], layouts[i])
 
     def _streaming(self, contender: Contender) -> Callable[[int], Any]:
         """The i-th full-attention layer's cache, empty."""
-        room = contender.room(self.shapes, len(self))
         if contender.method == "full":
             return lambda _: None
         if contender.method == "rotating":
-            rows = window_rows(self.shapes, room)
+            rows = window_rows(self.shapes, self._room(contender))
             return lambda _: RotatingKVCache(rows, keep=ROTATING_KEEP)
         if contender.method == "quantized":
             numbers = Quantization.within(self.shapes, contender.budget)
             return lambda _: QuantizedKVCache(numbers.group, numbers.bits)
-        layouts = self._layouts(contender)
-        return lambda i: ZeroMergeCache(layouts[i], policy=contender.settings)
-
-    def _layouts(self, contender: Contender) -> list[Layout]:
         policy = contender.settings or Policy()
-        rows = rows_of(policy, self.shapes, contender.room(self.shapes, len(self)))
-        return [policy.layout(rows, s.heads) for s in self.shapes]
+        if policy.needs:
+            raise ValueError(f"{contender.name} does not work: {contender.method} needs {policy.needs}")
+        layouts = self._layouts(contender)
+        return lambda i: ZeroMergeCache(layouts[i], policy=policy)
 
+    def _room(self, contender: Contender) -> int:
+        return contender.room(self.shapes, len(self))
 
-def compressed(layer: Layer, layout: Layout, policy: Policy) -> ZeroMergeCache:
-    """The cache that an exact prefill of this prompt leaves."""
-    cache = ZeroMergeCache(layout, policy=policy)
-    rows = layer.rows.map(lambda x: to_storage(x, layout, 1))
-    state = State.empty(layout, rows, layer.call.length).appended(rows)
-    call = layer.last(policy.window)
-    call = Call(
-        to_storage(call.queries, layout, 1),
-        call.scale,
-        None if call.sinks is None else to_storage(call.sinks, layout, 0),
-    )
-    operations = Operations(layout, policy, mode())
-    state = state._replace(scores=operations.score(call, state))
-    cache.layer = ExactPrompt(layer.call.length).finish(state, operations)
-    mx.eval(cache.layer.arrays())
-    return cache
+    def _layouts(self, contender: Contender) -> tuple[Layout, ...]:
+        """As many rows as the budget's bytes hold, before anything is known of the prompt."""
+        policy = contender.settings or Policy()
+        rows = rows_of(policy, self.shapes, self._room(contender))
+        return policy.layouts(rows, [s.heads for s in self.shapes])
+
+    def _sources(self, policy: Policy) -> list[Source]:
+        """What the layers' caches are made of, with what only the model can tell of this prompt."""
+        if isinstance(policy, ExpectedAttention):
+            return [Source(x, replace(policy, queries=q)) for x, q in zip(self.layers, self._queries, strict=True)]
+        if isinstance(policy, KVzip):
+            return [Source(x, policy, r) for x, r in zip(self.layers, self._repeated, strict=True)]
+        return [Source(x, policy) for x in self.layers]
+
+    @cached_property
+    def _queries(self) -> list[Queries]:
+        """The distribution of each layer's queries."""
+        rotations = expected.rotations(self.model, self._recording.others)
+        return [expected.distribution(x, rotate) for x, rotate in zip(self.layers, rotations, strict=True)]
+
+    @cached_property
+    def _repeated(self) -> list[mx.array]:
+        """Each layer's importance while the model repeats the prompt."""
+        if self.tokenizer is None:
+            raise ValueError("kvzip asks the model to repeat the prompt: give Prompted the tokenizer")
+        return kvzip.reconstruct(self.model, self.tokenizer, self.tokens, self._recording)
 
 
 def fork(caches: list[Any]) -> list[Any]:
@@ -197,21 +149,17 @@ def continue_(model: nn.Module, caches: list[Any], tokens: Sequence[int] | mx.ar
     Tokens go in one block (of no more than ``STEP``), which gives the same as one after the other for all
     caches but mlx-lm's rotating one with first tokens: in longer calls it masks these.
     """
-    tokens = as_array(tokens)[None]
+    tokens = as_array(tokens)
     one_by_one = any(isinstance(c, RotatingKVCache) and c.keep for c in members(caches))
     step = 1 if one_by_one else STEP
     logits: list[mx.array] = []
-    for begin in range(0, tokens.shape[1], step):
-        logits.append(model(tokens[:, begin : begin + step], cache=caches)[0].astype(mx.float32))
+    for begin in range(0, tokens.size, step):
+        logits.append(model(tokens[None, begin : begin + step], cache=caches)[0].astype(mx.float32))
         mx.eval(logits[-1])
-        _evaluate(caches)
+        evaluate(caches)
     return mx.concatenate(logits, axis=0)
 
 
 def as_array(tokens: Sequence[int] | mx.array) -> mx.array:
     """Tokens [n]."""
     return tokens.reshape(-1) if isinstance(tokens, mx.array) else mx.array(list(tokens))
-
-
-def _evaluate(caches: list[Any]) -> None:
-    mx.eval([c.arrays() if isinstance(c, Recorder) else c.state for c in members(caches)])

@@ -1,11 +1,34 @@
 """Methods: what a token's importance is, which tokens are kept, and how the others are merged. One a file."""
 
+from .adakv import AdaKV
+from .cam import CaM
+from .expected_attention import ExpectedAttention
+from .h2o import H2O
+from .key_norm import KeyNorm
+from .kvzip import KVzip
 from .paper import Paper
 from .policy import Policy
+from .pyramidkv import PyramidKV
+from .snapkv import SnapKV
+from .streaming_llm import StreamingLLM
+from .tova import Tova
 
 __all__ = ["BY_NAME", "Paper", "Policy", "name_of"]
 
-BY_NAME: dict[str, type[Policy]] = {"zeromerge": Policy, "paper": Paper}
+BY_NAME: dict[str, type[Policy]] = {
+    "zeromerge": Policy,
+    "paper": Paper,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+    "tova": Tova,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
+    "key_norm": KeyNorm,
+    "expected_attention": ExpectedAttention,
+    "cam": CaM,
+    "kvzip": KVzip,
+}
 
 
 def name_of(policy: Policy) -> str:

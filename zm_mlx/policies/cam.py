@@ -1,0 +1,79 @@
+"""CaM (Zhang et al., ICML 2024, openreview LCTmppB165): evicted values are merged into the tokens that follow."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..state.state import State
+from .selection import without_nan
+from .streaming_llm import StreamingLLM
+
+
+@dataclass(frozen=True)
+class CaM(StreamingLLM):
+    """Evicts as StreamingLLM does (as the official code), but adds the values of the evicted to those behind them.
+
+    With a the sum of attention so far, token i is, one after the other in the order of positions,
+
+        merged with probability  min(1, a[i] / mean(a[i + 1 … i + m])):   v[j] ← v[j] + v[i] / m,  j = i + 1 … i + m
+
+    Where this departs from the code: it evicts at every token, here S tokens or a whole prompt are evicted at once.
+    They still go one after the other, so that what was merged into an evicted token moves on with it,
+    but by one and the same sums of attention. Those are of all query heads of a KV head. The draw depends on
+    positions alone: the same prompt gives the same cache.
+
+    Args:
+        merged: m, tokens among which a value is divided: 32 in the official code.
+    """
+
+    merged: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.merged, int) and self.merged >= 1):
+            raise ValueError(f"merged must be 1 token or more, not {self.merged!r}")
+
+    @property
+    def window(self) -> int | None:
+        """Sums are of all queries."""
+        return None
+
+    def compacted(self, before: State, after: State) -> State:
+        """``after`` with the values that the evicted leave to the rows behind them."""
+        leaving = after.departed - before.departed
+        first = max(0, self.sinks - before.departed)
+        if leaving <= first or not after.filled:
+            return after
+        filled = slice(first, before.filled)
+        draws = probabilities(before.scores.recent[:, :, filled], self.merged)[:, :, : leaving - first]
+        joins = mx.random.bernoulli(draws, key=mx.random.key(before.departed))
+        values = passed_on(before.recent.values[:, :, filled].astype(mx.float32), joins, self.merged)
+        stay = values[:, :, leaving - first :].astype(after.recent.dtype)
+        rest = after.recent.values[:, :, after.filled :]
+        return after._replace(recent=after.recent._replace(values=mx.concatenate([stay, rest], axis=2)))
+
+
+def probabilities(attention: mx.array, merged: int) -> mx.array:
+    """min(1, a[i] / mean of the next ``merged``) of a [B, H, n]; 0 for the last, which nothing follows."""
+    n = attention.shape[2]
+    sums = mx.pad(mx.cumsum(attention, axis=2), [(0, 0), (0, 0), (1, 0)])
+    begin = mx.minimum(mx.arange(1, n + 1), n)
+    end = mx.minimum(begin + merged, n)
+    mean = (sums[:, :, end] - sums[:, :, begin]) / mx.maximum(end - begin, 1)
+    p = mx.where(attention > 0, attention / mx.maximum(mean, 0), 0)
+    return mx.where(end > begin, mx.clip(without_nan(p), 0, 1), 0)
+
+
+def passed_on(values: mx.array, joins: mx.array, merged: int) -> mx.array:
+    """Values [B, H, n, Dv] after the first rows, as far as they join [B, H, e], gave theirs to the next ``merged``."""
+    given: list[mx.array] = []  # what each row leaves to each of those behind it
+    rows: list[mx.array] = []
+    arriving = mx.zeros_like(values[:, :, 0])
+    for j in range(values.shape[2]):
+        if j > merged and j - merged - 1 < len(given):
+            arriving = arriving - given[j - merged - 1]
+        rows.append(values[:, :, j] + arriving)
+        if j < joins.shape[2]:
+            given.append(mx.where(joins[:, :, j, None], rows[j] / merged, 0))
+            arriving = arriving + given[j]
+    return mx.stack(rows, axis=2)
