@@ -3,9 +3,21 @@
 import sys
 
 import mlx.core as mx
+import pytest
+
+from zm_mlx.calibration import finding
 
 # The executor of Metal source is written for Linux; elsewhere its tests are not collected, and the header says so.
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_metal_host*.py", "test_kernel_*.py"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tables(tmp_path_factory):
+    """No table of whoever runs the tests is used in them; the folder in its place."""
+    folder = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finding, "user_folder", lambda: folder)
+        yield folder
 
 
 def gpu_runs_kernels() -> bool:

@@ -24,7 +24,7 @@ from .host.caches import CacheSet, Wish
 from .host.plan import context_of
 from .host.saved import save_prompt_cache
 from .interrupts import INTERRUPTED
-from .loading import Source, load_model, load_vocabulary
+from .loading import Source, folder_of, load_model, load_vocabulary
 from .report import plan_lines, size
 from .terminal import complain, guarded, prefill_bar, say, warn
 
@@ -41,6 +41,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("zm_mlx", f"Without --model, the package's small model is used: {DEFAULT_MODEL}")
     flags.add_prompt_file(own)
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
+    flags.add_head_rows(own)
     return parser
 
 
@@ -71,12 +72,16 @@ def _cache_prompt(argv: list[str] | None) -> int:
     tokens = prompts.encode_open(tokenizer, text)
     engine = Engine(load_model(source), tokenizer, source.name)
 
-    cache_set = caches.fresh(engine.model, "zeromerge", Wish(args.kv_budget, args.prefill), len(tokens), ROOM)
+    head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
+    wish = Wish(args.kv_budget, args.prefill, head_rows)
+    cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:
         warn(f"{len(tokens)} tokens are more than the {context} that the model was trained on")
     if cache_set.plan is not None:
         say("\n".join(plan_lines(cache_set.plan)))
+    for complaint in cache_set.complaints:
+        warn(complaint)
     try:
         _fill(engine, tokens, cache_set)
     except KeyboardInterrupt:

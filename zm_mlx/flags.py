@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .budget import Budget
+from .calibration.finding import BESIDE, Search
+from .calibration.table import Table, TableError
 from .engine import LIMITS
 from .errors import UserError
 from .prompts import RESERVED, encodable
@@ -80,6 +82,16 @@ def add_budget(group: Any, auto: str) -> None:
     )
 
 
+def add_head_rows(group: Any) -> None:
+    group.add_argument(
+        "--head-rows",
+        default=None,
+        metavar="TABLE",
+        help="How rows are shared out among KV heads: by a file of python -m zm_mlx.calibrate, none (uniformly), "
+        f"or auto: by {BESIDE} in the model's folder, the user's own table or one of the package (default)",
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be said without a model, for the flags that a command has.
 
@@ -90,7 +102,7 @@ def check(args: argparse.Namespace) -> None:
     for name, remedy in REFUSED.items():
         if name in given:
             raise UserError(f"{flag(name)} does not work here: {remedy}")
-    for name in ("model", "adapter_path", "prompt_file", "prompt_cache_file"):
+    for name in ("model", "adapter_path", "prompt_file", "prompt_cache_file", "head_rows"):
         if given.get(name, "name").strip() == "":
             raise UserError(f"{flag(name)} needs a name, not {given[name]!r}")
     for name in TEXTS:
@@ -100,6 +112,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--prompt and --prompt-file: give one of them")
     if "kv_budget" in given:
         budget(args.kv_budget)
+    if "head_rows" in given:
+        head_rows(args.head_rows)
 
 
 def budget(text: str) -> Budget:
@@ -108,6 +122,18 @@ def budget(text: str) -> Budget:
         return Budget.parse(text)
     except (ValueError, OverflowError) as error:
         raise UserError(f"--kv-budget: {error}") from error
+
+
+def head_rows(text: str | None, folder: Path | None = None) -> Table | Search | None:
+    """A table of rows per head as it was given, or a search for one, first in the model's folder."""
+    if text is None or text == "auto":
+        return Search(folder)
+    if text == "none":
+        return None
+    try:
+        return Table.read(text)
+    except TableError as error:
+        raise UserError(f"--head-rows: {error}") from error
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

@@ -20,7 +20,7 @@ from .host.model_caches import zero_merge
 from .host.plan import context_of
 from .host.saved import read
 from .interrupts import INTERRUPTED
-from .loading import Source, load_model, load_vocabulary, saved_source
+from .loading import Source, folder_of, load_model, load_vocabulary, saved_source
 from .report import Run, comparison, plan_lines, run_lines
 from .terminal import guarded, prefill_bar, say, warn
 
@@ -36,6 +36,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("zm_mlx", f"Without --model, the package's small model is used: {DEFAULT_MODEL}")
     flags.add_prompt_file(own)
     flags.add_budget(own, "what the request needs and memory allows")
+    flags.add_head_rows(own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -60,13 +61,16 @@ def _generate(argv: list[str] | None) -> int:
     engine, tokens, saved_tokens = _load(args, settings)
     _warn_of_context(context_of(engine.model), saved_tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
-    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill)
+    head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
+    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows)
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
         cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
     if args.verbose and cache_set.plan is not None and cache_set.kind == "zeromerge":
         say("\n".join(plan_lines(cache_set.plan)))
+    for complaint in cache_set.complaints:
+        warn(complaint)
     runs = (_compare if args.compare else _once)(engine, tokens, cache_set, settings, args.verbose)
     if args.verbose:
         say("=" * 10)
@@ -155,6 +159,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--prompt-cache-file continues a ZeroMerge cache, so --cache {args.cache} does not go with it")
     if args.prefill == "exact" and args.prefill_step_size == 1:
         raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
+    if saved and args.head_rows is not None:
+        raise UserError("--head-rows does not go with --prompt-cache-file: the saved prompt keeps its rows")
     if saved and args.system_prompt is not None:
         raise UserError(
             "--system-prompt does not go with --prompt-cache-file: the saved prompt holds already what comes before"
@@ -211,6 +217,7 @@ def _document(model: str, runs: list[Run], cache_set: CacheSet, compare: bool) -
             "rows": [list(a.rows) for a in cache_set.plan.layouts],
             "bytes": cache_set.plan.nbytes,
             "reason": cache_set.plan.budget_reason,
+            "head_rows": cache_set.plan.heads_reason,
         }
         document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}
     if compare:

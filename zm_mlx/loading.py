@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.nn as nn
+from huggingface_hub import snapshot_download
 from mlx_lm import utils
 
 from .errors import UserError
@@ -99,6 +100,16 @@ def load_model(source: Source) -> nn.Module:
             ) from error
         model.eval()
     return model
+
+
+def folder_of(name: str) -> Path | None:
+    """Where the files of a model that was loaded lie; ``None`` if nobody knows."""
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # loaded from elsewhere (ModelScope), or the Hub's cache is gone meanwhile
+        return None
 
 
 def saved_source(metadata: dict[str, Any], file: str) -> tuple[str | None, dict[str, Any]]:

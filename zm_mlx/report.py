@@ -1,7 +1,8 @@
 """What a generation did, in numbers: for people as lines, for programs as one JSON document."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -83,29 +84,38 @@ class Run:
         }
 
 
-def describe(layout: Layout) -> str:
-    """One layer's rows, in words."""
-    fewest, most = min(layout.rows), max(layout.rows)
-    rows = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    least, top = min(layout.context), max(layout.context)
-    context = f"{least}" if least == top else f"{least} to {top}"
+def describe(layers: Sequence[Layout]) -> str:
+    """The rows of layers that differ in nothing but the context rows of their heads, in words."""
+    rows, first = [n for a in layers for n in a.rows], layers[0]
+    context = span([n for a in layers for n in a.context])
+    average = f", {sum(rows) / len(rows):.0f} on average" if len(set(rows)) > 1 else ""
     return (
-        f"{rows} rows per head ({layout.residual} residual, {context} context, "
-        f"{layout.proximity} proximity, {layout.staging} staging) x {layout.heads} KV heads"
+        f"{span(rows)} rows per head{average} ({first.residual} residual, {context} context, "
+        f"{first.proximity} proximity, {first.staging} staging) x {first.heads} KV heads"
     )
 
 
+def span(numbers: Sequence[int]) -> str:
+    """One number, or the smallest and the largest."""
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def plan_lines(plan: Plan) -> list[str]:
-    """The effective budget of each run of equal layers, and how the prompt is taken."""
+    """The effective budget of each run of layers that are alike but for single heads, and how the prompt is taken."""
     lines = []
     begin = 0
-    each = [(a, a.nbytes(s)) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
-    for i, layer in enumerate(each):
-        if i + 1 < len(each) and each[i + 1] == layer:
+    kinds = [(replace(a, context=()), a.heads, s) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
+    for i, kind in enumerate(kinds):
+        if i + 1 < len(kinds) and kinds[i + 1] == kind:
             continue
         name = f"layer {begin}" if begin == i else f"layers {begin} to {i}"
-        lines.append(f"Budget: {name}: {describe(layer[0])}, {size(layer[1])} a layer")
+        layers = plan.layouts[begin : i + 1]
+        taken = [a.nbytes(plan.shapes[i]) for a in layers]
+        each = size(taken[0]) if len(set(taken)) == 1 else f"{size(min(taken))} to {size(max(taken))}"
+        lines.append(f"Budget: {name}: {describe(layers)}, {each} a layer")
         begin = i + 1
+    lines.append(f"Budget: {plan.heads_reason}")
     lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
     lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
     return lines

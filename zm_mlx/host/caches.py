@@ -8,8 +8,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from ..budget import Budget
+from ..calibration.table import TableError
 from ..errors import UnsupportedModelError, UserError
 from .cache import ZeroMergeCache
+from .heads import Wanted
 from .hook import replace_caches
 from .model_caches import members, zero_merge
 from .plan import Plan, context_of, plan_cache
@@ -23,10 +25,11 @@ Taking = Literal["auto", "exact", "streaming"]
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of the caches: a budget (``None`` for the default) and how the prompt is taken."""
+    """What is asked of the caches: a budget (``None`` for the default), how the prompt is taken, which table it is."""
 
     budget: str | None = None
     prefill: Taking = "auto"
+    head_rows: Wanted = "auto"
 
 
 @dataclass
@@ -41,6 +44,11 @@ class CacheSet:
 
     def __post_init__(self) -> None:
         self.before = self.seen or 0
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """Tables of rows per head that were found and do not work."""
+        return () if self.plan is None else self.plan.complaints
 
     @property
     def seen(self) -> int | None:
@@ -90,11 +98,14 @@ def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int, max_toke
             prompt_length=prompt_tokens,
             prefill=wish.prefill,
             max_tokens=max_tokens if max_tokens > 0 else unlimited,
+            head_rows=wish.head_rows if kind == "zeromerge" else None,
         )
     except UnsupportedModelError:
         if kind != "full":
             raise
         plan = None
+    except TableError as error:
+        raise UserError(f"--head-rows: {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"--kv-budget: {error}") from error
     if kind == "full" or plan is None:
@@ -137,9 +148,13 @@ def continued(model: nn.Module, file: str, wish: Wish, prompt_tokens: int) -> Ca
     except (OSError, ValueError) as error:
         raise UserError(f"--prompt-cache-file: {error}") from error
     own = zero_merge(every)
-    tables = {c.layout.rows for c in own}
-    if wish.budget is not None and any(Budget.parse(wish.budget) != _budget(t) for t in tables):
-        rows = ", ".join(sorted({str(t[0]) if len(set(t)) == 1 else str(list(t)) for t in tables}))
+    saved = [n for c in own for n in c.layout.rows]
+    if wish.budget is not None and Budget.parse(wish.budget) != Budget("rows", sum(saved) / len(saved)):
+        rows = (
+            f"{saved[0]}"
+            if len(set(saved)) == 1
+            else f"{min(saved)} to {max(saved)}, {sum(saved) / len(saved):g} on average"
+        )
         raise UserError(
             f"--kv-budget {wish.budget} differs from the budget that --prompt-cache-file {file} was saved with "
             f"({rows} rows per head): leave --kv-budget out"
@@ -162,10 +177,6 @@ def _instead(kind: Kind, model: nn.Module, make: Callable[[int], Any], plan: Pla
         return made[-1]
 
     return CacheSet(kind, replace_caches(make_prompt_cache(model), one), made, plan)
-
-
-def _budget(rows: tuple[int, ...]) -> Budget | None:
-    return Budget("rows", rows[0]) if len(set(rows)) == 1 else None
 
 
 def _nbytes(caches: list[Any]) -> int:

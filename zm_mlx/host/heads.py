@@ -12,7 +12,7 @@ from ..calibration.fingerprint import fingerprint
 from ..calibration.table import Table
 from ..state.layout import LayerShape, Layout
 
-Wanted = Table | Search | str | os.PathLike[str] | None  # "auto" searches, any other text is a file
+Wanted = Table | Search | str | os.PathLike[str] | None  # "auto" searches, "none" is uniform, other text a file
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def share_out(
     Raises:
         TableError: the table that is wanted is damaged or of another model.
     """
-    if wanted is None:
-        return Sharing(uniform, "uniform, as asked")
+    if wanted is None or wanted == "none":
+        return Sharing(uniform, "uniform rows per head, as asked")
     heads = tuple(a.heads for a in uniform)
     search = Search() if wanted == "auto" else wanted
     if not isinstance(search, Search):  # before anything else: what is asked for must be right though it is not needed
@@ -44,8 +44,10 @@ def share_out(
         asked.require_heads(heads)
     tokens = None if request.prompt_tokens is None else request.prompt_tokens + request.new_tokens
     if tokens is not None and tokens <= min(a.capacity for a in uniform):
-        return Sharing(uniform, "uniform: prompt and new tokens fit")
+        return Sharing(uniform, "uniform rows per head: prompt and new tokens fit")
     found = find(model, search, heads) if isinstance(search, Search) else Found(asked)
     if found.table is None:
-        return Sharing(uniform, f"uniform: {found.reason}", found.complaints)
-    return Sharing(found.table.layouts(uniform, shapes, tokens), found.table.words, found.complaints)
+        return Sharing(uniform, f"uniform rows per head: {found.reason}", found.complaints)
+    return Sharing(
+        found.table.layouts(uniform, shapes, tokens), f"rows per head by the {found.table.words}", found.complaints
+    )

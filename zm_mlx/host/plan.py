@@ -98,7 +98,7 @@ def plan_cache(
     budget, wanted = _asked(kv_budget, head_rows)
     request = Request(prompt_length, max_tokens, context_of(model), free, other)
     resolved = resolve(budget, shapes, policy, request)
-    heads = Sharing(resolved.layouts, "as given")
+    heads = Sharing(resolved.layouts, resolved.reason)
     if budget.kind != "table":
         heads = share_out(model, wanted, resolved.layouts, shapes, request)
     draft = Plan(

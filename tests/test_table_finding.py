@@ -1,0 +1,281 @@
+"""Which table is used: the model's own, found wherever its folder lies; another model's or a damaged one never."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import commands
+import mlx.core as mx
+import pytest
+import tiny
+from commands import document
+from mlx.utils import tree_map
+from mlx_lm.utils import load_model
+
+import zm_mlx
+from zm_mlx import cache_prompt, generate
+from zm_mlx.calibration import finding
+from zm_mlx.calibration.finding import Search
+from zm_mlx.calibration.fingerprint import fingerprint
+from zm_mlx.calibration.table import Table, TableError
+from zm_mlx.flags import DEFAULT_MODEL
+
+SHARES = ((0.5, 1.5), (0.25, 1.75))
+SMALL_SHARES = ((0.5, 1.5), (0.25, 1.75), (1.0, 0.5), (0.5, 2.0))
+LONG = {"prompt_length": 4000}
+
+
+@pytest.fixture
+def model():
+    return tiny.model()
+
+
+@pytest.fixture
+def table(model):
+    return of(model)
+
+
+@pytest.fixture(autouse=True)
+def places(tables, tmp_path, monkeypatch):
+    """The user's and the package's folder, both empty."""
+    monkeypatch.setattr(finding, "SHIPPED", tmp_path / "shipped")
+    for folder in (tables, finding.SHIPPED):
+        folder.mkdir(exist_ok=True)
+    yield {"user": tables, "package": finding.SHIPPED}
+    for file in tables.iterdir():
+        file.unlink()
+
+
+def of(model, name="tiny", shares=SHARES):
+    return Table(fingerprint(model), name, {"tokens": 64, "texts": 2, "importance": "made up"}, ((0.1, shares),))
+
+
+def rows(plan):
+    return [a.rows for a in plan.layouts]
+
+
+def plan(model, budget=400, **more):
+    return zm_mlx.plan_cache(model, budget, **{**LONG, **more})
+
+
+# ---- fingerprints
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_folder_or_width(model, tmp_path):
+    other = tmp_path / "elsewhere" / "model"
+    shutil.copytree(DEFAULT_MODEL, other)
+    assert fingerprint(load_model(other)[0]) == fingerprint(load_model(finding.Path(DEFAULT_MODEL))[0])
+    narrow = tiny.model(dtype=mx.bfloat16)
+    wide = tiny.model()
+    wide.update(tree_map(lambda x: x.astype(mx.float32), narrow.parameters()))
+    assert fingerprint(wide) == fingerprint(narrow) != fingerprint(model)
+
+
+def test_fingerprints_tell_trainings_and_shapes_apart(model):
+    assert fingerprint(model) == fingerprint(tiny.model())
+    others = [tiny.model(1), tiny.model(layers=3), tiny.model(kv_heads=4)]
+    last = tiny.model()
+    last.model.layers[-1].mlp.down_proj.weight = last.model.layers[-1].mlp.down_proj.weight * 1.01
+    assert len({fingerprint(m) for m in (model, *others, last)}) == 5
+
+
+# ---- finding
+
+
+@pytest.mark.parametrize("place", ["user", "package"])
+def test_a_models_table_is_used_by_itself(model, table, places, place):
+    table.write(places[place] / f"{table.model}.json")
+    found = plan(model)
+    assert rows(found) == [a.rows for a in table.layouts(plan(model, head_rows=None).layouts, found.shapes, 4000)]
+    assert rows(found) != [(400, 400)] * 2 and "table of tiny" in found.heads_reason
+    caches = zm_mlx.make_prompt_cache(model, 400, **LONG)
+    assert [c.layout for c in caches] == list(found.layouts)
+
+
+def test_a_table_beside_the_model_comes_first_then_the_users_then_the_packages(model, places, tmp_path):
+    of(model, "shipped").write(places["package"] / f"{fingerprint(model)}.json")
+    assert "table of shipped" in plan(model).heads_reason
+    of(model, "users").write(places["user"] / f"{fingerprint(model)}.json")
+    assert "table of users" in plan(model).heads_reason
+    of(model, "beside").write(tmp_path / finding.BESIDE)
+    assert "table of beside" in plan(model, head_rows=Search(tmp_path)).heads_reason
+    assert "table of users" in plan(model).heads_reason
+
+
+def test_without_a_table_heads_are_uniform_and_the_remedy_is_named(model):
+    assert rows(plan(model)) == [(400, 400)] * 2
+    assert plan(model).heads_reason == (
+        "uniform rows per head: no table for this model, python -m zm_mlx.calibrate makes one"
+    )
+
+
+def test_none_is_uniform_though_there_is_a_table(model, table, places):
+    table.write(places["user"] / f"{table.model}.json")
+    assert rows(plan(model, head_rows=None)) == rows(plan(model, head_rows="none")) == [(400, 400)] * 2
+
+
+@pytest.mark.parametrize("budget", ["auto", 1.0, 4100])
+def test_a_request_that_fits_is_not_compressed_because_of_a_table(model, table, places, budget):
+    table.write(places["user"] / f"{table.model}.json")
+    found = plan(model, budget, max_tokens=0 if budget == 1.0 else 90)
+    assert found.capacity >= 4000 and len(set(sum(rows(found), ()))) == 1
+    assert "fit" in found.heads_reason
+
+
+@pytest.mark.parametrize("budget", [0.1, 400, "200KB"])
+@pytest.mark.parametrize("prompt", [None, 4000])
+def test_bytes_of_the_caches_are_the_budgets_with_a_table_too(model, table, budget, prompt):
+    if budget == 0.1 and prompt is None:
+        pytest.skip("a fraction needs a prompt")
+    even, found = (plan(model, budget, prompt_length=prompt, head_rows=x) for x in (None, table))
+    assert found.nbytes == even.nbytes and rows(found) != rows(even)
+    if budget == "200KB":
+        assert found.nbytes <= 200_000
+    caches = found.caches(model)
+    tiny.feed(model, caches, tiny.prompt(40))
+    assert sum(c.nbytes for c in caches) >= found.nbytes  # an exact prompt is held whole until its end
+
+
+def test_unequal_heads_are_filled_to_their_own_rows(model, table):
+    caches = zm_mlx.make_prompt_cache(model, 128, prefill="streaming", head_rows=table)
+    logits = tiny.feed(model, caches, tiny.prompt(400), 64)
+    assert mx.isfinite(logits).all()
+    assert sum(c.nbytes for c in caches) == plan(model, 128, prompt_length=None).nbytes
+    assert len({n for c in caches for n in c.layout.rows}) > 2
+
+
+# ---- what does not fit
+
+
+def test_another_models_table_is_refused_where_it_was_asked_for(model, table, tmp_path):
+    file = tmp_path / "other.json"
+    replace(table, model="0" * 32).write(file)
+    for asked in (file, str(file), replace(table, model="0" * 32)):
+        for tokens in (4000, 10):  # also where it would not be needed
+            with pytest.raises(TableError, match=r"another model \(tiny\); python -m zm_mlx\.calibrate"):
+                plan(model, head_rows=asked, prompt_length=tokens)
+    assert rows(plan(tiny.model(), head_rows=table)) != [(400, 400)] * 2
+
+
+@pytest.mark.parametrize("damage", ["other model", "text", "heads"])
+def test_a_table_that_does_not_fit_is_passed_over_with_a_warning_that_names_it(model, table, places, damage):
+    file = places["user"] / f"{table.model}.json"
+    if damage == "text":
+        file.write_text(table.text()[:-9])
+    elif damage == "heads":
+        of(model, shares=((1.0,), (1.0,))).write(file)
+    else:
+        replace(table, model="0" * 32).write(file)
+    with pytest.warns(UserWarning, match=str(file)):
+        caches = zm_mlx.make_prompt_cache(model, 400, **LONG)
+    assert [c.layout.rows for c in caches] == [(400, 400)] * 2
+    of(model, "shipped").write(places["package"] / f"{table.model}.json")
+    assert "table of shipped" in plan(model).heads_reason  # the next one is used
+
+
+def test_a_table_that_fits_warns_of_nothing(model, table, places):
+    table.write(places["user"] / f"{table.model}.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zm_mlx.make_prompt_cache(model, 400, **LONG)
+
+
+@pytest.mark.parametrize("head_rows", ["auto", None, "none"])
+def test_a_table_needs_a_budget(model, head_rows):
+    with pytest.raises(ValueError, match="kv_budget must be given"):
+        zm_mlx.make_prompt_cache(model, None, head_rows=head_rows)
+
+
+# ---- commands
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The small model elsewhere, with a table beside it."""
+    path = tmp_path / "model"
+    shutil.copytree(DEFAULT_MODEL, path)
+    made = of(load_model(path)[0], "small", SMALL_SHARES)
+    made.write(path / finding.BESIDE)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("def f(x):\n    return x + 1\n\n" * 60)
+    return str(file)
+
+
+def run(capsys, *argv, door=generate):
+    return commands.run(door.main, capsys, *argv)
+
+
+def test_generate_uses_the_table_beside_the_model_and_says_so(capsys, folder, text):
+    ask = ["--model", str(folder), "--prompt-file", text, "--kv-budget", "160", "-m", "3", "--json"]
+    code, out, err = run(capsys, *ask)
+    told = document(out)["budget"]
+    assert code == 0 and "Budget: rows per head by the table of small" in out and str(folder / finding.BESIDE) in out
+    heads = [n for layer in told["rows"] for n in layer]
+    assert len(set(heads)) > 2 and sum(heads) == 8 * 160
+    assert "160 on average" in out and "warning" not in err
+    uniform = document(run(capsys, *ask, "--head-rows", "none")[1])["budget"]
+    assert uniform["rows"] == [[160, 160]] * 4 and uniform["bytes"] == told["bytes"]
+
+
+def test_generate_says_that_there_is_no_table(capsys, text):
+    code, out, _ = run(capsys, "--prompt-file", text, "--kv-budget", "160", "-m", "1")
+    assert code == 0
+    assert "uniform rows per head: no table for this model, python -m zm_mlx.calibrate makes one" in out
+
+
+def test_a_damaged_table_beside_the_model_is_a_warning(capsys, folder, text):
+    (folder / finding.BESIDE).write_text("{")
+    code, out, err = run(capsys, "--model", str(folder), "--prompt-file", text, "--kv-budget", "160", "-m", "1")
+    assert code == 0 and "uniform rows per head" in out
+    assert f"warning: {folder / finding.BESIDE}" in err
+
+
+def test_a_damaged_or_foreign_table_of_a_flag_is_one_line(capsys, folder, text, tmp_path):
+    file = tmp_path / "x.json"
+    ask = ["--model", str(folder), "--prompt-file", text, "--kv-budget", "160", "-m", "1", "--head-rows"]
+    file.write_text("{")
+    for problem, words in (
+        (str(file), "is no table"),
+        (str(tmp_path / "gone"), "cannot be read"),
+        ("", "needs a name"),
+    ):
+        code, out, err = run(capsys, *ask, problem)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and "--head-rows" in err and words in err
+    replace(Table.read(folder / finding.BESIDE), model="0" * 32).write(file)
+    code, _, err = run(capsys, *ask, str(file))
+    assert code == 2 and "--head-rows: " in err and "another model" in err and "zm_mlx.calibrate" in err
+
+
+def test_the_rotating_cache_gets_the_mean_rows(capsys, folder, text):
+    ask = ["--model", str(folder), "--prompt-file", text, "--kv-budget", "160", "-m", "1", "--json"]
+    code, out, _ = run(capsys, *ask, "--cache", "rotating")
+    assert code == 0 and document(out)["kv_bytes"] == 160 * 8 * 2 * 32 * 4
+
+
+def test_a_saved_prompt_keeps_its_rows_and_the_budget_that_it_was_given(capsys, folder, text, tmp_path):
+    file = str(tmp_path / "cache.safetensors")
+    ask = ["--model", str(folder), "--prompt-file", text, "--kv-budget", "160", "--prompt-cache-file", file]
+    code, out, _ = run(capsys, *ask, door=cache_prompt)
+    assert code == 0 and "table of small" in out
+    saved = zm_mlx.load_prompt_cache(file, load_model(folder)[0])
+    assert len({n for c in saved for n in c.layout.rows}) > 2
+    (folder / finding.BESIDE).unlink()
+    go_on = ["--prompt-cache-file", file, "-p", "x", "-m", "1"]
+    assert run(capsys, *go_on, "--kv-budget", "160")[0] == 0
+    code, _, err = run(capsys, *go_on, "--kv-budget", "161")
+    assert code == 2 and "160 on average" in err
+    code, _, err = run(capsys, *go_on, "--head-rows", "none")
+    assert code == 2 and "--head-rows does not go with --prompt-cache-file" in err
+
+
+def test_tables_list_what_is_there(table, places):
+    table.write(places["user"] / "a.json")
+    (places["package"] / "b.json").write_text("{")
+    assert [p.name for p in finding.tables()] == ["a.json", "b.json"]
+    assert json.loads((places["user"] / "a.json").read_text())["name"] == "tiny"
