@@ -25,9 +25,10 @@ from ..policies.expected_attention import ExpectedAttention, Queries
 from ..policies.kvzip import KVzip
 from ..state.layout import Layout
 from . import expected, kvzip
-from .caches import Contender, Quantization, full, rotating, rows_of, window_rows
-from .exact import Source, compressed, fitted
+from .caches import Contender, Quantization, full, rows_of, window_rows
+from .exact import Source, compressed, fitted, scored
 from .recording import STEP, Layer, evaluate, read, record
+from .window import Window
 
 
 class Prompted:
@@ -55,6 +56,7 @@ class Prompted:
             raise ValueError("a prompt needs at least one token besides its last one")
         self.shapes = probe(model)
         self._recording = record(model, self.tokens, self.shapes)
+        self._scores: dict[tuple[int | None, float], list[mx.array]] = {}  # by the policy's window and decay
 
     def __len__(self) -> int:
         return int(self.tokens.size)
@@ -62,6 +64,19 @@ class Prompted:
     @property
     def layers(self) -> list[Layer]:
         return self._recording.layers
+
+    @property
+    def others(self) -> list[Any]:
+        """The model's own caches, in which those of layers without full attention are filled."""
+        return self._recording.others
+
+    def followed_by(self, tokens: Sequence[int] | mx.array) -> "Prompted":
+        """The prompt with more tokens behind it, of which only these are read."""
+        more = Prompted.__new__(Prompted)
+        more.model, more.tokenizer, more.shapes = self.model, self.tokenizer, self.shapes
+        more.tokens = mx.concatenate([self.tokens, as_array(tokens)])
+        more._recording = record(self.model, as_array(tokens), self.shapes, self._recording)
+        return more
 
     def caches(self, contender: Contender) -> list[Any]:
         """Caches that have seen the prompt, one for each layer of the model; new ones at each call.
@@ -81,7 +96,7 @@ class Prompted:
             return lambda i: full(self.layers[i].rows)
         if contender.method == "rotating":
             rows = window_rows(self.shapes, self._room(contender))
-            return lambda i: rotating(self.layers[i].rows, rows)
+            return lambda i: Window(self.layers[i].rows, rows)
         if contender.method == "quantized":
             numbers = Quantization.within(self.shapes, contender.budget)
             return lambda i: numbers.of(self.layers[i].rows)
@@ -118,11 +133,16 @@ class Prompted:
 
     def _sources(self, policy: Policy) -> list[Source]:
         """What the layers' caches are made of, with what only the model can tell of this prompt."""
+        asked = policy.window, policy.decay
+        if asked not in self._scores:
+            self._scores[asked] = [scored(x, policy) for x in self.layers]
+        sources = [Source(*x, policy) for x in zip(self.layers, self._scores[asked], strict=True)]
         if isinstance(policy, ExpectedAttention):
-            return [Source(x, replace(policy, queries=q)) for x, q in zip(self.layers, self._queries, strict=True)]
+            queries = zip(sources, self._queries, strict=True)
+            return [s._replace(policy=replace(policy, queries=q)) for s, q in queries]
         if isinstance(policy, KVzip):
-            return [Source(x, policy, r) for x, r in zip(self.layers, self._repeated, strict=True)]
-        return [Source(x, policy) for x in self.layers]
+            return [s._replace(reading=r) for s, r in zip(sources, self._repeated, strict=True)]
+        return sources
 
     @cached_property
     def _queries(self) -> list[Queries]:

@@ -1,5 +1,6 @@
 """What the full-attention layers of a model computed of a prompt, recorded while it reads it once."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,16 +29,32 @@ class Layer(NamedTuple):
     rows: Dense
     call: Call
 
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.call.length
+
     def last(self, count: int | None) -> Call:
         """The last ``count`` queries; all for ``None``."""
-        return self.call if count is None else self.call.at(max(0, self.call.length - count), self.call.length)
+        return self.call if count is None else self.call.at(max(0, self.length - count), self.length)
 
 
-class Whole(ZeroMergeCache):
-    """Holds all rows; a ``ZeroMergeCache`` to the attention hook only."""
+class Guest(ZeroMergeCache):
+    """A cache of the evaluation's own, which the attention hook takes for a ``ZeroMergeCache``."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__(Policy().layout(Policy().smallest, heads))
+
+    def arrays(self) -> list[mx.array]:
+        """What to compute after a call of the model."""
+        raise NotImplementedError
+
+
+class Whole(Guest):
+    """Holds all rows, ``length`` at most."""
 
     def __init__(self, heads: int, length: int) -> None:
-        super().__init__(Policy().layout(Policy().smallest, heads))
+        super().__init__(heads)
         self.length = length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -56,7 +73,6 @@ class Whole(ZeroMergeCache):
         return self.layer
 
     def arrays(self) -> list[mx.array]:
-        """What to compute after a call of the model."""
         return list(self.whole().recent)
 
 
@@ -96,10 +112,19 @@ class Recording(NamedTuple):
     others: list[Any]
 
 
-def record(model: nn.Module, tokens: mx.array, shapes: Sequence[LayerShape]) -> Recording:
-    """Read tokens [T] with full caches; ``shapes`` as a probe of the model found them."""
-    recorders = [Recorder(s.heads, tokens.size) for s in shapes]
-    own = make_prompt_cache(model)
+def record(
+    model: nn.Module, tokens: mx.array, shapes: Sequence[LayerShape], before: Recording | None = None
+) -> Recording:
+    """Read tokens [T] with full caches, behind those ``before``; ``shapes`` as a probe of the model found them."""
+    seen = 0 if before is None else before.layers[0].call.length
+    recorders = [Recorder(s.heads, seen + tokens.size) for s in shapes]
+    if before is None:
+        own = make_prompt_cache(model)
+    else:
+        own = copy.deepcopy(before.others)
+        for recorder, layer in zip(recorders, before.layers, strict=True):
+            recorder.update_and_fetch(*layer.rows)
+            recorder.calls.append(layer.call)
     read(model, replace_caches(own, recorders.__getitem__), tokens)
     return Recording([r.recorded() for r in recorders], own)
 
@@ -113,4 +138,4 @@ def read(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:
 
 def evaluate(caches: list[Any]) -> None:
     """Compute what caches hold."""
-    mx.eval([c.arrays() if isinstance(c, Whole) else c.state for c in members(caches)])
+    mx.eval([c.arrays() if isinstance(c, Guest) else c.state for c in members(caches)])
