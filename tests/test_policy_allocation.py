@@ -6,7 +6,7 @@ import pytest
 from tiny import give, held, tokens
 
 from zm_mlx.budget import Budget, Request, resolve
-from zm_mlx.evaluation.exact import Source, compressed, fitted
+from zm_mlx.evaluation.exact import Source, compressed, fitted, scored
 from zm_mlx.evaluation.recording import Layer
 from zm_mlx.policies import BY_NAME, Policy, allocation
 from zm_mlx.state.layout import LayerShape
@@ -22,7 +22,8 @@ def sources(policy, layers=2, reading=None):
         q, k, v = tokens(seed, LENGTH, sharp=3.0)
         # Sharp and flat heads, so that their shares differ.
         q = q * mx.array([2.0, 2.0, 0.2, 0.2])[None, :, None, None]
-        found.append(Source(Layer(Dense(k, v), Call(q, 8**-0.5)), policy, None if reading is None else reading[seed]))
+        layer = Layer(Dense(k, v), Call(q, 8**-0.5))
+        found.append(Source(layer, scored(layer, policy), policy, None if reading is None else reading[seed]))
     return found
 
 

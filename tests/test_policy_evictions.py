@@ -7,7 +7,7 @@ import pytest
 import tiny
 from tiny import f64, give, held, tokens
 
-from zm_mlx.evaluation.exact import Source, compressed
+from zm_mlx.evaluation.exact import Source, compressed, scored
 from zm_mlx.evaluation.recording import Layer
 from zm_mlx.host.cache import ZeroMergeCache
 from zm_mlx.policies import BY_NAME
@@ -15,6 +15,12 @@ from zm_mlx.state.rows import Dense
 from zm_mlx.state.state import Call
 
 SCALE = 8**-0.5
+
+
+def source(layer, policy):
+    return Source(layer, scored(layer, policy), policy)
+
+
 LENGTH = 90
 
 
@@ -81,7 +87,7 @@ def test_a_whole_prompt_keeps_what_the_papers_formula_keeps(name):
     policy, layout, reference = made(name)
     queries = RULES[name][4]
     q, k, v = tokens(4, LENGTH)
-    cache = compressed(Source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout)
+    cache = compressed(source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout)
     whole = naive.Evicting((LENGTH, 1, 1), reference.rule)  # evicts nothing
     whole.run(*(f64(x[0]) for x in (q, k, v)), SCALE)
     whole.context, whole.newest, whole.pool = reference.context, reference.newest, reference.pool
@@ -98,7 +104,7 @@ def test_an_exact_prefill_of_the_product_is_the_one_of_the_evaluation(name):
     q, k, v = tokens(5, LENGTH)
     cache = ZeroMergeCache(layout, policy=policy, prefill="exact", prompt_length=LENGTH)
     give(cache, q, k, v, 40)
-    tiny.assert_same_state(cache, compressed(Source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout))
+    tiny.assert_same_state(cache, compressed(source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout))
 
 
 def test_votes_begin_anew_after_each_compaction():

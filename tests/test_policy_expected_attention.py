@@ -12,7 +12,7 @@ from tiny import f64, held, tokens
 
 from zm_mlx.evaluation import expected
 from zm_mlx.evaluation.caches import Contender
-from zm_mlx.evaluation.exact import Source, compressed
+from zm_mlx.evaluation.exact import Source, compressed, scored
 from zm_mlx.evaluation.prefilled import Prompted, continue_
 from zm_mlx.evaluation.recording import Layer
 from zm_mlx.policies.expected_attention import ExpectedAttention, Queries
@@ -20,6 +20,10 @@ from zm_mlx.state.rows import Dense
 from zm_mlx.state.state import Call
 
 SCALE = 8**-0.5
+
+
+def source(layer, policy):
+    return Source(layer, scored(layer, policy), policy)
 
 
 def rotation(dim, positions, base=10000.0):
@@ -85,7 +89,7 @@ def test_the_rows_that_stay_are_those_of_the_formula(rows):
     policy = ExpectedAttention(staging=3, queries=queries)
     layout = policy.layout(rows, 2)
     q, k, v = tokens(4, 90)
-    cache = compressed(Source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout)
+    cache = compressed(source(Layer(Dense(k, v), Call(q, SCALE)), policy), layout)
     keys, values = f64(k[0]), f64(v[0])
     kept = []
     for h in range(2):

@@ -4,13 +4,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from tiny import f64
+from mlx_lm.models.cache import RotatingKVCache
+from tiny import f64, tokens
 
 from zm_mlx import make_prompt_cache
 from zm_mlx.evaluation.caches import BITS, GROUPS, Contender, Quantization
 from zm_mlx.evaluation.prefilled import Prompted, continue_, fork
+from zm_mlx.evaluation.window import Window
 from zm_mlx.policies import BY_NAME
 from zm_mlx.state.layout import LayerShape
+from zm_mlx.state.rows import Dense
 
 TOKENS = tiny.prompt(700, seed=3)[0]
 NEW = tiny.prompt(40, seed=4)[0]
@@ -58,21 +61,42 @@ def test_the_full_contender_is_mlx_lms_cache(model, prompted):
     np.testing.assert_allclose(f64(continue_(model, prompted.caches(Contender("full")), NEW)), expected, atol=1e-4)
 
 
-def test_the_rotating_contender_sees_first_and_last_tokens_alone(model, prompted):
-    cache = prompted.caches(Contender("rotating", 0.1))[0]
-    assert cache.max_size == 70 and cache.keys.shape[2] == 70 and cache.offset == 700
-    keys = prompted.layers[0].rows.keys
-    assert mx.array_equal(cache.keys, mx.concatenate([keys[:, :, :4], keys[:, :, 634:]], axis=2))
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.99, 1.0])
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_the_rotating_contender_is_mlx_lms_token_by_token(model, prompted, budget, size):
+    """In longer calls mlx-lm's own mask hides the first tokens, which must not be mistaken for its quality."""
+    made = prompted.caches(Contender("rotating", budget))
+    most, theirs = made[0].most, []
+    assert most == int(budget * 700)
+    for layer in prompted.layers:
+        x = [mx.array(x) for x in layer.rows]  # written in place
+        if most < 700:
+            x = [mx.concatenate([x[:, :, :4], x[:, :, 704 - most :]], axis=2) for x in layer.rows]
+        theirs.append(RotatingKVCache(most, keep=4))
+        theirs[-1].state = (*x, 700, 4, most, x[0].shape[2])
+    one_by_one = f64(tiny.feed(model, theirs, NEW[None], 1)[0])
+    found = np.concatenate([f64(continue_(model, made, NEW[i : i + size])) for i in range(0, 40, size)])
+    np.testing.assert_allclose(found, one_by_one, atol=1e-4)
+    assert made[0].nbytes == theirs[0].nbytes or budget > 0.9  # mlx-lm's grows in steps until it is full
 
 
-def test_the_rotating_contender_is_continued_token_by_token(model, prompted):
-    """In a longer call mlx-lm's mask hides its first tokens."""
-    made = prompted.caches(Contender("rotating", 0.1))
+def test_mlx_lms_own_streaming_window_goes_token_by_token(model, prompted):
+    made = prompted.caches(Contender("rotating-streaming", 0.1))
     again = fork(made)
-    one_by_one = tiny.feed(model, again, NEW[None], 1)[0]
-    np.testing.assert_allclose(f64(continue_(model, made, NEW)), f64(one_by_one), atol=1e-5)
-    block = tiny.feed(model, prompted.caches(Contender("rotating", 0.1)), NEW[None])[0]
-    assert np.abs(f64(block) - f64(one_by_one)).max() > 1e-2
+    one_by_one = f64(tiny.feed(model, again, NEW[None], 1)[0])
+    np.testing.assert_allclose(f64(continue_(model, made, NEW)), one_by_one, atol=1e-5)
+    block = f64(tiny.feed(model, prompted.caches(Contender("rotating-streaming", 0.1)), NEW[None])[0])
+    assert np.abs(block - one_by_one).max() > 1e-2
+
+
+def test_an_empty_window_is_filled_like_mlx_lms():
+    rows = tokens(0, 30)
+    window, theirs = Window(Dense(*(x[:, :, :0] for x in rows[1:])), 9), RotatingKVCache(9, keep=4)
+    for t in range(30):
+        q, k, v = (x[:, :, t : t + 1] for x in rows)
+        found = window.attend(q, *window.update_and_fetch(k, v), 0.3)
+        expected = mx.fast.scaled_dot_product_attention(q, *theirs.update_and_fetch(k, v), scale=0.3)
+        np.testing.assert_allclose(f64(found), f64(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zeromerge", "full", "quantized", "zeromerge-streaming"])
@@ -88,8 +112,8 @@ def test_forks_and_the_prompt_itself_do_not_see_what_others_take(prompted, model
     contender = Contender(name, 0.4)
     made = prompted.caches(contender)
     expected = f64(continue_(model, fork(made), NEW))
-    for tokens in (NEW[::-1], NEW[5:]):
-        continue_(model, fork(made), tokens)
+    for other in (NEW[::-1], NEW[5:]):
+        continue_(model, fork(made), other)
     continue_(model, prompted.caches(contender), NEW[::-1])
     assert np.array_equal(f64(continue_(model, fork(made), NEW)), expected)
     assert np.array_equal(f64(continue_(model, prompted.caches(contender), NEW)), expected)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import mlx.core as mx
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..budget import largest, total_bytes
 from ..host.caches import ROTATING_KEEP
@@ -102,20 +101,6 @@ def window_rows(shapes: Sequence[LayerShape], room: int) -> int:
     if rows <= ROTATING_KEEP:
         raise ValueError(f"{room:,} bytes are too few for a rotating cache: they hold {rows} rows")
     return rows
-
-
-def rotating(rows: Dense, most: int) -> RotatingKVCache:
-    """mlx-lm's rotating cache of ``most`` rows after a prompt [1, H, T]: its first tokens and its last ones.
-
-    mlx-lm itself hides the first tokens from calls of more than one token, so that its own prefill is worse.
-    """
-    cache, tokens = RotatingKVCache(most, keep=ROTATING_KEEP), rows.shape[2]
-    if tokens > most:
-        rows = rows.map(
-            lambda x: mx.concatenate([x[:, :, :ROTATING_KEEP], x[:, :, tokens - most + ROTATING_KEEP :]], axis=2)
-        )
-    cache.state = (rows.keys, rows.values, tokens, ROTATING_KEEP, most, rows.shape[2])
-    return cache
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,42 @@ from ..ops.choose import Operations, mode
 from ..phases import ExactPrompt
 from ..policies import Policy
 from ..state.layout import Layout
-from ..state.state import Call, Scores, State, to_model, to_storage
-from .recording import Layer
+from ..state.state import Scores, State, to_model, to_storage
+from .recording import STEP, Layer
 
 
 class Source(NamedTuple):
-    """What a layer's cache is made of: what was recorded, its policy, and a second reading [H, T] where it has one."""
+    """What a layer's cache is made of.
+
+    scores: of the prompt's tokens by its last queries, [H, T] float32; reading: of a second reading, where
+    the policy has one. In the model's order of heads.
+    """
 
     layer: Layer
+    scores: mx.array
     policy: Policy
     reading: mx.array | None = None
 
 
+def scored(layer: Layer, policy: Policy) -> mx.array:
+    """The scores [H, T] of a prompt by the policy's window of queries; they depend on its window and decay alone."""
+    layout = policy.layout(policy.smallest, layer.rows.shape[1])
+    operations = Operations(layout, policy, mode())
+    state = _whole(layer, layout)
+    call = layer.last(policy.window)
+    before = layer.length - call.length
+    for begin in range(0, call.length, STEP):  # no query of a block sees what comes after it
+        block = call.at(begin, min(begin + STEP, call.length))
+        state = state._replace(filled=before + begin + block.length)
+        state = state._replace(scores=operations.score(block, state))
+        mx.eval(state.scores)
+    return state.scores.recent[0]
+
+
 def compressed(source: Source, layout: Layout) -> ZeroMergeCache:
-    """The cache after the prompt: scored by the policy's window of queries and compacted once."""
+    """The cache after the prompt, compacted once."""
     cache = ZeroMergeCache(layout, policy=source.policy)
-    state = ExactPrompt(source.layer.call.length).finish(_scored(source, layout), cache.operations)
+    state = ExactPrompt(source.layer.length).finish(_before(source, layout), cache.operations)
     mx.eval(state.arrays())
     cache.layer = state
     return cache
@@ -33,25 +53,28 @@ def compressed(source: Source, layout: Layout) -> ZeroMergeCache:
 
 def fitted(sources: Sequence[Source], layouts: Sequence[Layout]) -> tuple[Layout, ...]:
     """The layouts that the policy makes for this prompt of uniform ones."""
-    length = sources[0].layer.call.length
+    length = sources[0].layer.length
     if length <= min(a.capacity for a in layouts):
         return tuple(layouts)
     importance = []
     for source, layout in zip(sources, layouts, strict=True):
-        found = source.policy.importance(_scored(source, layout), layout).recent[0, :, : length - layout.proximity]
+        found = source.policy.importance(_before(source, layout), layout).recent[0, :, : length - layout.proximity]
         importance.append(to_model(found, layout, 0))
     return sources[0].policy.fitted(layouts, importance)
 
 
-def _scored(source: Source, layout: Layout) -> State:
-    """All tokens in the recent store, as they are before the compaction that ends the prompt."""
-    layer, policy, reading = source
+def _before(source: Source, layout: Layout) -> State:
+    """The state before the compaction that ends the prompt: all tokens are recent ones."""
+    state = _whole(source.layer, layout)
+
+    def column(scores: Scores, found: mx.array) -> Scores:
+        return scores._replace(recent=to_storage(found, layout, 0)[None])
+
+    state = state._replace(scores=column(state.scores, source.scores), since_compaction=0)
+    return state if source.reading is None else state._replace(reading=column(state.reading, source.reading))
+
+
+def _whole(layer: Layer, layout: Layout) -> State:
+    """A prompt's rows in the recent store, without scores."""
     rows = layer.rows.map(lambda x: to_storage(x, layout, 1))
-    state = State.empty(layout, rows, layer.call.length).appended(rows)
-    queries, scale, sinks = layer.last(policy.window)
-    sinks = None if sinks is None else to_storage(sinks, layout, 0)
-    call = Call(to_storage(queries, layout, 1), scale, sinks)
-    state = state._replace(scores=Operations(layout, policy, mode()).score(call, state))
-    if reading is None:
-        return state
-    return state._replace(reading=Scores(state.reading.kept, to_storage(reading, layout, 0)[None]))
+    return State.empty(layout, rows, layer.length).appended(rows)

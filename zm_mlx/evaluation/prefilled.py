@@ -39,6 +39,7 @@ class Prompted:
         tokens: the prompt without its last token. That one is fed first when generation begins, as in mlx-lm, so
             that every logit comes from the compressed cache.
         tokenizer: the model's, which only KVzip needs: it asks the model to repeat the prompt.
+        before: a prompt that was read, behind which these tokens come.
 
     Attributes:
         layers: what each full-attention layer computed.
@@ -49,13 +50,20 @@ class Prompted:
         UnsupportedModelError: the model cannot be served.
     """
 
-    def __init__(self, model: nn.Module, tokens: Sequence[int] | mx.array, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Sequence[int] | mx.array,
+        tokenizer: Any = None,
+        before: "Prompted | None" = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.tokens = as_array(tokens)
-        if not self.tokens.size:
+        new = as_array(tokens)
+        if not new.size:
             raise ValueError("a prompt needs at least one token besides its last one")
-        self.shapes = probe(model)
-        self._recording = record(model, self.tokens, self.shapes)
+        self.tokens = new if before is None else mx.concatenate([before.tokens, new])
+        self.shapes = probe(model) if before is None else before.shapes
+        self._recording = record(model, new, self.shapes, before and before._recording)
         self._scores: dict[tuple[int | None, float], list[mx.array]] = {}  # by the policy's window and decay
 
     def __len__(self) -> int:
@@ -72,11 +80,7 @@ class Prompted:
 
     def followed_by(self, tokens: Sequence[int] | mx.array) -> "Prompted":
         """The prompt with more tokens behind it, of which only these are read."""
-        more = Prompted.__new__(Prompted)
-        more.model, more.tokenizer, more.shapes = self.model, self.tokenizer, self.shapes
-        more.tokens = mx.concatenate([self.tokens, as_array(tokens)])
-        more._recording = record(self.model, as_array(tokens), self.shapes, self._recording)
-        return more
+        return Prompted(self.model, tokens, self.tokenizer, before=self)
 
     def caches(self, contender: Contender) -> list[Any]:
         """Caches that have seen the prompt, one for each layer of the model; new ones at each call.
@@ -168,8 +172,13 @@ def continue_(model: nn.Module, caches: list[Any], tokens: Sequence[int] | mx.ar
 
     Tokens go in one block (of no more than ``STEP``), which gives the same as one after the other for all
     caches but mlx-lm's rotating one with first tokens: in longer calls it masks these.
+
+    Raises:
+        ValueError: no tokens.
     """
     tokens = as_array(tokens)
+    if not tokens.size:
+        raise ValueError("there is nothing to continue with")
     one_by_one = any(isinstance(c, RotatingKVCache) and c.keep for c in members(caches))
     step = 1 if one_by_one else STEP
     logits: list[mx.array] = []
