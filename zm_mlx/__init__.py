@@ -6,6 +6,7 @@ from .errors import UnsupportedModelError
 from .host.cache import ZeroMergeCache
 from .host.hook import register
 from .host.plan import Plan, make_prompt_cache, plan_cache
+from .host.prefill import prefill
 from .host.saved import load_prompt_cache, save_prompt_cache
 from .policies import Policy
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache",
     "plan_cache",
+    "prefill",
     "save_prompt_cache",
 ]
 

@@ -1,5 +1,6 @@
 """ZeroMergeCache: a KV cache of fixed size for one layer, behind mlx-lm's cache protocol."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,9 @@ class ZeroMergeCache:
     Attributes:
         layer: the state; ``None`` before the first token.
         phase: how tokens are taken at the moment.
+        rereading: the next calls read the newest tokens a second time, as many as they bring, and store nothing
+            (see ``zm_mlx.prefill``).
+        reread: whether any were.
 
     Raises:
         ValueError: an argument is of the wrong type or out of range.
@@ -64,6 +68,10 @@ class ZeroMergeCache:
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
         self._start(Operations(layout, policy or Policy(), mode(kernels)))
+        if self.policy.reads and not layout.reading:
+            raise ValueError(
+                "this policy needs rows with room for a second reading: policy.layout(rows, heads) makes them"
+            )
         if prefill == "exact":
             if prompt_length is None:
                 raise ValueError(
@@ -75,6 +83,7 @@ class ZeroMergeCache:
         self.operations = operations
         self.layer: State | None = None
         self.phase: Phase = Streaming()
+        self.rereading = self.reread = False
         self._pending: Dense | None = None  # keys and values of an update that was not attended yet
 
     @property
@@ -111,6 +120,13 @@ class ZeroMergeCache:
     def prefill(self) -> Prefill:
         """How tokens are taken at the moment."""
         return self.phase.name
+
+    @property
+    def remaining(self) -> int | None:
+        """Tokens to the announced end of an exact prompt; ``None`` while streaming."""
+        if not isinstance(self.phase, ExactPrompt):
+            return None
+        return self.phase.before + self.phase.length - self.offset
 
     def begin_prompt(self, length: int) -> None:
         """Take the next ``length`` tokens as one prompt, kept whole and compacted once at its end.
@@ -196,10 +212,27 @@ class ZeroMergeCache:
         if not layout.in_model_order:
             queries, pending = to_storage(queries, layout, 1), pending.map(lambda x: to_storage(x, layout, 1))
             sinks = None if sinks is None else to_storage(sinks, layout, 0)
-        out, self.layer, self.phase = phases.take(
-            self.phase, Call(queries, scale, sinks), pending, self.layer, self.operations
-        )
+        call = Call(queries, scale, sinks)
+        if self.rereading:
+            out, self.layer = self.operations.read_again(call, pending, self.layer)
+            self.reread = True
+        else:
+            before, phase = self.layer, self.phase
+            out, self.layer, self.phase = phases.take(phase, call, pending, before, self.operations)
+            if self.policy.score == "reread" and not self.reread:
+                self._warn_if_lost(before, self.layer, length > 1, isinstance(phase, ExactPrompt))
         return out if layout.in_model_order else to_model(out, layout, 1)
+
+    def _warn_if_lost(self, before: State, after: State, prompt: bool, exact: bool) -> None:
+        """Say it if a prompt was compressed for the first time, and nothing of it was read a second time before."""
+        capacity = self.layout.capacity
+        first = exact or (prompt and before.seen <= capacity)
+        if first and after.departed > before.departed and after.seen > capacity:
+            warnings.warn(
+                "zm_mlx: this prompt was compressed by attention alone, though its policy has score='reread': "
+                "zm_mlx.prefill(model, tokens[:-1], caches) reads it twice, and mlx-lm goes on with the last token",
+                stacklevel=2,
+            )
 
     # ---- mlx-lm's protocol
 

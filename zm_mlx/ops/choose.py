@@ -17,11 +17,12 @@ import mlx.core as mx
 
 from ..policies.policy import Policy
 from ..state.layout import Layout
+from ..state.rows import Dense
 from ..state.state import Call, Scores, State, Step
 from . import check
 from .kernels import attend, attend_chunk, compact, score
 from .kernels._common import serves
-from .plain import attention, compaction, decode, half, uncompressed
+from .plain import attention, compaction, decode, half, rereading, uncompressed
 
 ENVIRONMENT = "ZM_MLX_KERNELS"
 MODES = ("auto", "metal", "ops")
@@ -67,6 +68,10 @@ class Operations:
         """``attention.score``."""
         operation = score.score if self._on_metal("score", state, call) else attention.score
         return operation(call, state, self.layout, self.policy)
+
+    def read_again(self, call: Call, new: Dense, state: State) -> tuple[mx.array, State]:
+        """``rereading.attend`` and ``rereading.read``: its output, and the state with what the reading showed."""
+        return rereading.attend(call, new, state, self.layout), rereading.read(call, state)
 
     def compact(self, state: State) -> State:
         """``compaction.compact`` by the policy's importance."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..state.layout import Layout, smallest_rows
 from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
-from . import merging, selection
+from . import merging, ranking, selection
 
 SCORES = ("attention", "reread")
 
@@ -127,12 +127,20 @@ class Policy:
         return None if self.decay == 1 else 512
 
     def importance(self, state: State, layout: Layout) -> Scores:
-        """What each row is worth when a compaction selects: the decayed sum of its attention (method.md 3)."""
-        return state.scores
+        """What each row is worth when a compaction selects (method.md 3).
+
+        The decayed sum of its attention, or, for "reread", that united with what a second reading showed.
+        """
+        return state.scores if self.score == "attention" else ranking.united(state, layout, self.pool)
 
     def select(self, importance: mx.array, count: int) -> tuple[mx.array, mx.array]:
         """Rows to keep and the others, of importance [B, h, n] in the order of positions (see ``selection.select``)."""
-        return selection.select(importance, count, self.pool)
+        return selection.select(importance, count, 1 + 2 * self.reach)
+
+    @property
+    def reach(self) -> int:
+        """Rows on either side of a row over which ``select`` pools; ``importance`` of ranks has done it before."""
+        return self.pool // 2 if self.score == "attention" else 0
 
     def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
         """A group's residual rows with the victims in them (see ``merging.merge``)."""

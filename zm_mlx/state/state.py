@@ -200,6 +200,15 @@ class State(NamedTuple):
         """Recent rows that a compaction takes: all but the newest ``proximity`` and those staged since the last one."""
         return max(0, self.filled - layout.proximity - self.since_compaction)
 
+    def competing(self, group: Group, layout: Layout) -> slice | None:
+        """Kept rows of each head of a group that compete with the leaving ones in a compaction: those of raw tokens.
+
+        ``None`` while all tokens that ever left the recent store fit: then none needs to compete.
+        """
+        if self.departed + self.leaving(layout) <= group.rows:
+            return None
+        return slice(0, self.departed) if self.departed <= group.rows else slice(layout.residual, group.rows)
+
 
 Step = Callable[[mx.array, State], tuple[mx.array, Scores]]  # attention for queries of one more token, see decode.py
 

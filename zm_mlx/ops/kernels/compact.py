@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ...policies.policy import Policy
-from ...state.layout import Group, Layout
+from ...state.layout import Layout
 from ...state.rows import Dense
 from ...state.state import Kept, Merged, Scores, State
 from ._common import SIMD, kernel
@@ -115,16 +115,10 @@ def _moved(reading: Scores, source: mx.array) -> mx.array:
 
 def _pools(state: State, layout: Layout) -> list[int]:
     """For each group, the rows among which each of its heads selects; 0 while all its tokens fit."""
-    departed, leaving = state.departed, state.leaving(layout)
-
-    def pool(group: Group) -> int:
-        if departed + leaving <= group.rows:
-            return 0
-        return leaving + (departed if departed <= group.rows else group.rows - layout.residual)
-
-    return [pool(group) for group in layout.groups]
+    competing = [state.competing(group, layout) for group in layout.groups]
+    return [0 if raw is None else state.leaving(layout) + raw.stop - raw.start for raw in competing]
 
 
 def _reach(pools: list[int], policy: Policy) -> int:
     """Rows on either side of a row over which its importance is pooled."""
-    return max(0, min(policy.pool // 2, max(pools) - 1))
+    return max(0, min(policy.reach, max(pools) - 1))

@@ -49,7 +49,8 @@ def _group(
     old_scores, new_scores = numbers[0]
     positions = mx.broadcast_to(mx.arange(departed, departed + leaving, dtype=mx.int32), new_scores.shape)
 
-    if departed + leaving <= group.rows:
+    raw = state.competing(group, layout)
+    if raw is None:
 
         def filled(x: mx.array, arriving: mx.array) -> mx.array:
             return mx.concatenate([x[:, :, :departed], arriving, x[:, :, departed + leaving :]], axis=2)
@@ -60,7 +61,6 @@ def _group(
         return kept, residuals, [filled(*x) for x in numbers]
 
     fresh = departed <= group.rows
-    raw = slice(0, departed) if fresh else slice(layout.residual, group.rows)
 
     def pooled(x: mx.array, arriving: mx.array) -> mx.array:
         return mx.concatenate([x[:, :, raw], arriving], axis=2) if departed and group.rows else arriving
