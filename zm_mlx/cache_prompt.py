@@ -42,6 +42,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
+    flags.add_score(own)
     return parser
 
 
@@ -73,7 +74,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
     engine = Engine(load_model(source), tokenizer, source.name)
 
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, args.prefill, head_rows)
+    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score)
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:

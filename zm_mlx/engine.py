@@ -1,24 +1,23 @@
 """Generation with a model, without flags: what all commands call."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .host.model_caches import zero_merge
+from .host.prefill import STEP, Progress, prefill
 from .sampling import LARGEST, Range, Sampling
 
 mlx_lm_generate = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
 
-PREFILL_STEP = 2048  # mlx-lm's own number
 LIMITS: dict[str, Range] = {
     "max_tokens": Range("an integer from 1 up, or -1 for no limit", int, 1, LARGEST, (-1,)),
     "prefill_step_size": Range("an integer from 1 up", int, 1, LARGEST),
 }
-
-Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Settings:
     """
 
     max_tokens: int = 100
-    prefill_step_size: int = PREFILL_STEP
+    prefill_step_size: int = STEP
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -56,6 +55,24 @@ class Engine:
 
         The seed is not set here: mlx-lm's command sets it before it loads the model, which draws from it too.
         """
+        if len(tokens) > 1 and _read_twice(caches):
+            return self._after_reading(tokens, caches, settings, progress)
+        return self._stream(tokens, caches, settings, progress)
+
+    def _after_reading(
+        self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None
+    ) -> Iterator[Any]:
+        """``generate`` for caches whose prompt this package reads, all but the last token."""
+        total = len(tokens)
+        report = progress or (lambda done, total: None)
+        with mlx_lm_generate.wired_limit(self.model):
+            step = settings.prefill_step_size
+            prefill(self.model, tokens[:-1], caches, step=step, progress=lambda done, _: report(done, total))
+        yield from self._stream(tokens[-1:], caches, settings, lambda done, last: report(total - last + done, total))
+
+    def _stream(
+        self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None
+    ) -> Iterator[Any]:
         responses: Iterator[Any] = mlx_lm_generate.stream_generate(
             self.model,
             self.tokenizer,
@@ -70,10 +87,17 @@ class Engine:
 
     def prefill(self, tokens: list[int], caches: list[Any], progress: Progress | None = None) -> None:
         """Advance ``caches`` by a prompt and generate nothing."""
+        if _read_twice(caches):
+            prefill(self.model, tokens, caches, progress=progress)
+            return
         for _ in mlx_lm_generate.generate_step(
             mx.array(tokens), self.model, max_tokens=0, prompt_cache=caches, prompt_progress_callback=progress
         ):
             pass
+
+
+def _read_twice(caches: list[Any]) -> bool:
+    return any(c.policy.score == "reread" for c in zero_merge(caches))
 
 
 def random_state() -> int:

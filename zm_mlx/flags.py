@@ -13,6 +13,8 @@ from .calibration.finding import BESIDE, Search
 from .calibration.table import Table, TableError
 from .engine import LIMITS
 from .errors import UserError
+from .policies import Policy
+from .policies.policy import SCORES
 from .prompts import RESERVED, encodable
 from .sampling import RANGES, Range, Sampling
 from .terminal import say
@@ -79,6 +81,16 @@ def add_budget(group: Any, auto: str) -> None:
         default="auto",
         help="exact holds the whole prompt and compresses it once, streaming never exceeds the budget; "
         "auto is exact where the prompt fits into memory (default)",
+    )
+
+
+def add_score(group: Any) -> None:
+    group.add_argument(
+        "--score",
+        choices=SCORES,
+        default=None,
+        help="What keeps a token: the attention it gets (attention), or that and a second reading of the prompt, for "
+        f"questions that are not known yet and at twice the prefill time (reread); {Policy().score} is the default",
     )
 
 

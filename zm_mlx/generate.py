@@ -37,6 +37,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, "what the request needs and memory allows")
     flags.add_head_rows(own)
+    flags.add_score(own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -62,7 +63,7 @@ def _generate(argv: list[str] | None) -> int:
     _warn_of_context(context_of(engine.model), saved_tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows)
+    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score)
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
@@ -161,6 +162,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.head_rows is not None:
         raise UserError("--head-rows does not go with --prompt-cache-file: the saved prompt keeps its rows")
+    if args.score == "reread" and args.cache != "zeromerge":
+        raise UserError(f"--score reread is of --cache zeromerge, so --cache {args.cache} does not go with it")
+    if args.score == "reread" and args.prefill_step_size == 1:
+        raise UserError("--score reread needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:
         raise UserError(
             "--system-prompt does not go with --prompt-cache-file: the saved prompt holds already what comes before"
@@ -219,6 +224,7 @@ def _document(model: str, runs: list[Run], cache_set: CacheSet, compare: bool) -
             "reason": cache_set.plan.budget_reason,
             "head_rows": cache_set.plan.heads_reason,
         }
+        document["score"] = cache_set.plan.policy.score
         document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}
     if compare:
         document["full"] = runs[0].as_dict()

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from .host.caches import CacheSet
 from .host.plan import Plan
+from .host.prefill import PIECE
 from .state.layout import Layout
 
 
@@ -118,6 +119,12 @@ def plan_lines(plan: Plan) -> list[str]:
     lines.append(f"Budget: {plan.heads_reason}")
     lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
     lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
+    if plan.policy.score == "reread":
+        fits = plan.prompt_length is not None and plan.prompt_length <= plan.capacity
+        how = "the prompt fits and is read once" if fits else f"pieces of up to {PIECE} tokens are read twice"
+        lines.append(f"Score: reread ({how})")
+    else:
+        lines.append(f"Score: {plan.policy.score}")
     return lines
 
 

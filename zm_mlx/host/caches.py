@@ -10,6 +10,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 from ..budget import Budget
 from ..calibration.table import TableError
 from ..errors import UnsupportedModelError, UserError
+from ..policies import Policy
+from ..policies.policy import Score
 from .cache import ZeroMergeCache
 from .heads import Wanted
 from .hook import replace_caches
@@ -25,11 +27,12 @@ Taking = Literal["auto", "exact", "streaming"]
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of the caches: a budget (``None`` for the default), how the prompt is taken, which table it is."""
+    """What is asked of the caches: a budget, how the prompt is taken, a table, a score (``None`` for the default)."""
 
     budget: str | None = None
     prefill: Taking = "auto"
     head_rows: Wanted = "auto"
+    score: Score | None = None
 
 
 @dataclass
@@ -99,6 +102,7 @@ def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int, max_toke
             prefill=wish.prefill,
             max_tokens=max_tokens if max_tokens > 0 else unlimited,
             head_rows=wish.head_rows if kind == "zeromerge" else None,
+            policy=None if wish.score is None else Policy(score=wish.score),
         )
     except UnsupportedModelError:
         if kind != "full":
@@ -158,6 +162,12 @@ def continued(model: nn.Module, file: str, wish: Wish, prompt_tokens: int) -> Ca
         raise UserError(
             f"--kv-budget {wish.budget} differs from the budget that --prompt-cache-file {file} was saved with "
             f"({rows} rows per head): leave --kv-budget out"
+        )
+    scores = {c.policy.score for c in own}
+    if wish.score is not None and scores != {wish.score}:
+        raise UserError(
+            f"--score {wish.score} differs from the score that --prompt-cache-file {file} was saved with "
+            f"({', '.join(scores)}): leave --score out"
         )
     if wish.prefill == "exact":
         for cache in own:

@@ -12,6 +12,7 @@ from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
 from . import merging, ranking, selection
 
+Score = Literal["attention", "reread"]
 SCORES = ("attention", "reread")
 
 
@@ -45,7 +46,7 @@ class Policy:
     kappa: float = 3.0
     decay: float = 0.98
     pool: int = 13
-    score: Literal["attention", "reread"] = "attention"
+    score: Score = "attention"
 
     needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
 
