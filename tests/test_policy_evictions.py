@@ -133,7 +133,7 @@ def test_few_rows_are_divided_without_losing_one(name, rows):
 @pytest.mark.parametrize(
     ("name", "setting"),
     [("snapkv", {"newest": 0}), ("streaming_llm", {"sinks": -1}), ("cam", {"merged": 0}), ("pyramidkv", {"beta": 0.5}),
-     ("adakv", {"safeguard": 1.5})],
+     ("adakv", {"safeguard": 1.5}), ("expected_attention", {"epsilon": -1.0})],
 )  # fmt: skip
 def test_a_setting_without_meaning_is_refused_by_name(name, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):

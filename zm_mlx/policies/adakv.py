@@ -1,11 +1,10 @@
 """Ada-KV (Feng et al. 2024, arXiv 2407.11550): SnapKV with one pool of rows for the heads of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..calibration.table import apportion
 from ..state.layout import Layout
 from . import allocation, selection
 from .snapkv import SnapKV
@@ -15,11 +14,10 @@ from .snapkv import SnapKV
 class AdaKV(SnapKV):
     """The H · M most important tokens of a layer's heads together say how many rows each head gets.
 
-        M_h = (1 - α) · |{tokens of head h among the H · M most important}| + α · M
-
-    Safeguard α = 0.2, window 32 and maxima over 7 neighbours, as in the paper and its code (``floor_alpha``; its
-    rounding may lose rows, this does not). Rows are shared out once, for the prompt, and stay so while
-    decoding. Without a prompt's importance (streaming) all heads have the same rows, which is SnapKV.
+    The formula is in ``allocation.safeguarded``. Safeguard α = 0.2, window 32 and maxima over 7 neighbours, as in the
+    paper and its code (``floor_alpha``; its rounding may lose rows, this does not). Rows are shared out once,
+    for the prompt, and stay so while decoding. Without a prompt's importance (streaming) all heads have the same
+    rows, which is SnapKV.
 
     Args:
         safeguard: α, the share of rows that all heads have alike.
@@ -34,12 +32,5 @@ class AdaKV(SnapKV):
 
     def fitted(self, layouts: Sequence[Layout], importance: Sequence[mx.array]) -> tuple[Layout, ...]:
         """As ``Policy.fitted``, each layer for itself."""
-        return tuple(self._fitted(a, x) for a, x in zip(layouts, importance, strict=True))
-
-    def _fitted(self, layout: Layout, importance: mx.array) -> Layout:
-        total = sum(layout.context)
-        if importance.size <= total:
-            return layout
-        (counts,) = allocation.adaptive([selection.pooled(importance, self.pool)], total)
-        uniform = self.safeguard * total / layout.heads
-        return replace(layout, context=tuple(apportion(total, [(1 - self.safeguard) * n + uniform for n in counts])))
+        pooled = [selection.pooled(x, self.pool) for x in importance]
+        return tuple(allocation.safeguarded(a, x, self.safeguard) for a, x in zip(layouts, pooled, strict=True))

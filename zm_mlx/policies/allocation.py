@@ -1,9 +1,13 @@
 """How context rows are shared out among heads and layers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+
+from ..calibration.table import apportion
+from ..state.layout import Layout
 
 
 def adaptive(importance: Sequence[mx.array], total: int) -> list[tuple[int, ...]]:
@@ -19,6 +23,23 @@ def adaptive(importance: Sequence[mx.array], total: int) -> list[tuple[int, ...]
     counts = np.bincount(owner[best], minlength=sum(heads)).tolist()
     ends = np.cumsum(heads).tolist()
     return [tuple(counts[end - h : end]) for h, end in zip(heads, ends, strict=True)]
+
+
+def safeguarded(layout: Layout, importance: mx.array, safeguard: float) -> Layout:
+    """A layer's context rows by its heads' parts of the most important tokens, a share of them alike (Ada-KV).
+
+        M_h = (1 - α) · |{tokens of head h among the H · M most important}| + α · M
+
+    Args:
+        importance: [H, n] float32.
+        safeguard: α.
+    """
+    total = sum(layout.context)
+    if importance.size <= total:
+        return layout
+    (counts,) = adaptive([importance], total)
+    uniform = safeguard * total / layout.heads
+    return replace(layout, context=tuple(apportion(total, [(1 - safeguard) * n + uniform for n in counts])))
 
 
 def pyramid(rows: int, layers: int, beta: float) -> list[int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ..state.state import State
 from .selection import without_nan
@@ -47,7 +48,7 @@ class CaM(StreamingLLM):
         filled = slice(first, before.filled)
         draws = probabilities(before.scores.recent[:, :, filled], self.merged)[:, :, : leaving - first]
         joins = mx.random.bernoulli(draws, key=mx.random.key(before.departed))
-        values = passed_on(before.recent.values[:, :, filled].astype(mx.float32), joins, self.merged)
+        values = passed_on(before.recent.values[:, :, filled], joins, self.merged)
         stay = values[:, :, leaving - first :].astype(after.recent.dtype)
         rest = after.recent.values[:, :, after.filled :]
         return after._replace(recent=after.recent._replace(values=mx.concatenate([stay, rest], axis=2)))
@@ -66,14 +67,7 @@ def probabilities(attention: mx.array, merged: int) -> mx.array:
 
 def passed_on(values: mx.array, joins: mx.array, merged: int) -> mx.array:
     """Values [B, H, n, Dv] after the first rows, as far as they join [B, H, e], gave theirs to the next ``merged``."""
-    given: list[mx.array] = []  # what each row leaves to each of those behind it
-    rows: list[mx.array] = []
-    arriving = mx.zeros_like(values[:, :, 0])
-    for j in range(values.shape[2]):
-        if j > merged and j - merged - 1 < len(given):
-            arriving = arriving - given[j - merged - 1]
-        rows.append(values[:, :, j] + arriving)
-        if j < joins.shape[2]:
-            given.append(mx.where(joins[:, :, j, None], rows[j] / merged, 0))
-            arriving = arriving + given[j]
-    return mx.stack(rows, axis=2)
+    moved, shares = np.array(values.astype(mx.float32)), np.array(joins, np.float32)[..., None] / merged
+    for i in range(shares.shape[2]):
+        moved[:, :, i + 1 : i + 1 + merged] += shares[:, :, i : i + 1] * moved[:, :, i : i + 1]
+    return mx.array(moved)

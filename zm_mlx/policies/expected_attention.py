@@ -1,5 +1,7 @@
 """Expected attention (Devoto et al. 2025, arXiv 2510.00636): attention of queries to come, from their distribution."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -8,6 +10,7 @@ import mlx.core as mx
 from ..state.layout import Group, Layout
 from ..state.rows import Dense
 from ..state.state import Scores, State, joined, rectangle
+from . import allocation
 from .windowed import Windowed
 
 
@@ -28,8 +31,9 @@ class ExpectedAttention(Windowed):
         â[g, j] = softmax_j (μ_g · k_j + ½ k_jᵀ Σ_g k_j),   importance[j] = (mean_g â[g, j] + ε) ‖v_j‖₂
 
     μ and Σ are of the prompt's queries before rotation, without the first 4, rotated by the average rotation of
-    the 512 positions to come and scaled; the first 4 tokens stay. All as kvpress's ``ExpectedAttentionPress``;
-    the paper has ‖W_O v‖, and ε = 0.02, kvpress's evaluation 0.01.
+    the 512 positions to come and scaled; the first 4 tokens stay. The heads of a layer share their rows as in Ada-KV.
+    All this is kvpress's evaluation of it, ``AdaKVPress(ExpectedAttentionPress(epsilon=0.01))``; the paper
+    has ‖W_O v‖ and ε = 0.02.
 
     Where this departs from both: the distribution is that of the prompt for good, also while decoding, where
     kvpress takes the last queries; and S tokens are staged, and the newest one always stays.
@@ -37,13 +41,21 @@ class ExpectedAttention(Windowed):
     Args:
         epsilon: ε.
         sinks: first tokens that stay.
+        safeguard: the share of rows that all heads of a layer have alike.
         queries: the distribution, which ``zm_mlx.evaluation.expected`` finds; one policy a layer has its own.
     """
 
     epsilon: float = 0.01
     sinks: int = 4
+    safeguard: float = 0.2
     queries: Queries | None = field(default=None, compare=False)
     needs: ClassVar[str | None] = "the distribution of the prompt's queries"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in (("epsilon", math.inf), ("sinks", math.inf), ("safeguard", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be between 0 and {most}, not {getattr(self, name)!r}")
 
     @property
     def window(self) -> int | None:
@@ -64,6 +76,11 @@ class ExpectedAttention(Windowed):
             kept.append(of_group[:, :, : group.rows])
             recent.append(of_group[:, :, group.rows :])
         return Scores(joined(kept), mx.concatenate(recent, axis=1))
+
+    def fitted(self, layouts: Sequence[Layout], importance: Sequence[mx.array]) -> tuple[Layout, ...]:
+        """As ``Policy.fitted``, each layer for itself."""
+        pairs = zip(layouts, importance, strict=True)
+        return tuple(allocation.safeguarded(a, x, self.safeguard) for a, x in pairs)
 
     def _group(self, group: Group, state: State, layout: Layout, queries: Queries) -> mx.array:
         """Importance of a group's kept and recent rows [B, h, rows + n]."""
