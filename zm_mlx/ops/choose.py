@@ -70,8 +70,8 @@ class Operations:
         return operation(call, state, self.layout, self.policy)
 
     def read_again(self, call: Call, new: Dense, state: State) -> tuple[mx.array, State]:
-        """``rereading.attend`` and ``rereading.read``: its output, and the state with what the reading showed."""
-        return rereading.attend(call, new, state, self.layout), rereading.read(call, state)
+        """``rereading.read_again``."""
+        return rereading.read_again(call, new, state, self.layout, self.policy)
 
     def compact(self, state: State) -> State:
         """``compaction.compact`` by the policy's importance."""

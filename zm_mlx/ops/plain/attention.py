@@ -126,9 +126,9 @@ def _attend(
             end = min(begin + step, call.length)
             # One block after the other, or the logits of all exist at once.
             block = after(part.queries[:, :, :, begin:end], *outputs[-1:], *out[-1:], mass)
-            p = _probabilities(block, call.length - end, part, call.scale, policy)
+            p = probabilities(block, call.length - end, part, call.scale, policy)
             if with_output:
-                out.append(_weigh(p, part))
+                out.append(weigh(p, part))
             age = mx.arange(call.length - 1 - begin, call.length - 1 - end, -1, dtype=mx.float32)
             mass = mass + _column_sums(p, mx.power(policy.decay, age))
         if with_output:
@@ -138,7 +138,7 @@ def _attend(
     return outputs, Scores(mx.concatenate(kept_mass, axis=1), mx.concatenate(recent_mass, axis=1))
 
 
-def _probabilities(queries: mx.array, later: int, part: Part, scale: float, policy: Policy) -> mx.array:
+def probabilities(queries: mx.array, later: int, part: Part, scale: float, policy: Policy) -> mx.array:
     """Of queries [B, h, G, l, D] that ``later`` more tokens follow: [B, h, G, l, kept + filled]."""
     batch, heads, groups, length, _ = queries.shape
     filled, old = part.recent.shape[2], part.kept.weight.shape[2]
@@ -160,7 +160,7 @@ def _probabilities(queries: mx.array, later: int, part: Part, scale: float, poli
     return softmax([x for x in logits if x.shape[-1]], part.sinks)
 
 
-def _weigh(p: mx.array, part: Part) -> mx.array:
+def weigh(p: mx.array, part: Part) -> mx.array:
     """Probabilities [B, h, G, l, kept + filled] times all values → [B, h, G, l, Dv]."""
     flat, old = p.flatten(2, 3), part.kept.weight.shape[2]
     out = part.recent.weigh(flat[..., old:])
