@@ -14,12 +14,13 @@ from mlx.utils import tree_map
 from mlx_lm.utils import load_model
 
 import zm_mlx
-from zm_mlx import cache_prompt, generate
+from zm_mlx import cache_prompt, doctor, generate
 from zm_mlx.calibration import finding
 from zm_mlx.calibration.finding import Search
 from zm_mlx.calibration.fingerprint import fingerprint
 from zm_mlx.calibration.table import Table, TableError
 from zm_mlx.flags import DEFAULT_MODEL
+from zm_mlx.policies import PyramidKV
 
 SHARES = ((0.5, 1.5), (0.25, 1.75))
 SMALL_SHARES = ((0.5, 1.5), (0.25, 1.75), (1.0, 0.5), (0.5, 2.0))
@@ -123,11 +124,10 @@ def test_a_request_that_fits_is_not_compressed_because_of_a_table(model, table, 
     assert "fit" in found.heads_reason
 
 
-@pytest.mark.parametrize("budget", [0.1, 400, "200KB"])
-@pytest.mark.parametrize("prompt", [None, 4000])
+@pytest.mark.parametrize(
+    ("budget", "prompt"), [(0.1, 4000), (400, 4000), (400, None), ("200KB", 4000), ("200KB", None)]
+)
 def test_bytes_of_the_caches_are_the_budgets_with_a_table_too(model, table, budget, prompt):
-    if budget == 0.1 and prompt is None:
-        pytest.skip("a fraction needs a prompt")
     even, found = (plan(model, budget, prompt_length=prompt, head_rows=x) for x in (None, table))
     assert found.nbytes == even.nbytes and rows(found) != rows(even)
     if budget == "200KB":
@@ -137,11 +137,20 @@ def test_bytes_of_the_caches_are_the_budgets_with_a_table_too(model, table, budg
     assert sum(c.nbytes for c in caches) >= found.nbytes  # an exact prompt is held whole until its end
 
 
+def test_a_policy_that_shares_rows_out_itself_keeps_its_own(model, table, places):
+    table.write(places["user"] / f"{table.model}.json")
+    policy = PyramidKV()
+    found = plan(model, policy=policy)
+    assert found.layouts == policy.layouts(400, [2, 2]) and "policy" in found.heads_reason
+    assert found.layouts != plan(model, policy=policy, head_rows=table).layouts  # unless asked
+
+
 def test_unequal_heads_are_filled_to_their_own_rows(model, table):
-    caches = zm_mlx.make_prompt_cache(model, 128, prefill="streaming", head_rows=table)
+    ask = {"prefill": "streaming", "prompt_length": None, "policy": zm_mlx.Policy()}
+    caches = zm_mlx.make_prompt_cache(model, 128, head_rows=table, **ask)
     logits = tiny.feed(model, caches, tiny.prompt(400), 64)
     assert mx.isfinite(logits).all()
-    assert sum(c.nbytes for c in caches) == plan(model, 128, prompt_length=None).nbytes
+    assert sum(c.nbytes for c in caches) == plan(model, 128, **ask).nbytes
     assert len({n for c in caches for n in c.layout.rows}) > 2
 
 
@@ -203,7 +212,7 @@ def folder(tmp_path):
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "prompt.txt"
-    file.write_text("def f(x):\n    return x + 1\n\n" * 60)
+    file.write_text("def f(x):\n    return x + 1\n\n" * 20)
     return str(file)
 
 
@@ -274,8 +283,12 @@ def test_a_saved_prompt_keeps_its_rows_and_the_budget_that_it_was_given(capsys, 
     assert code == 2 and "--head-rows does not go with --prompt-cache-file" in err
 
 
-def test_tables_list_what_is_there(table, places):
+def test_doctor_lists_tables_and_names_the_damaged_one(capsys, table, places):
+    assert commands.run(doctor.main, capsys)[1].count("No tables of rows per KV head here") == 1
     table.write(places["user"] / "a.json")
     (places["package"] / "b.json").write_text("{")
-    assert [p.name for p in finding.tables()] == ["a.json", "b.json"]
-    assert json.loads((places["user"] / "a.json").read_text())["name"] == "tiny"
+    code, out, _ = commands.run(doctor.main, capsys)
+    assert code == 0 and f"Rows per KV head: {Table.read(places['user'] / 'a.json').words}" in out
+    assert f"Rows per KV head, NOT USED: {places['package'] / 'b.json'}" in out
+    told = json.loads(commands.run(doctor.main, capsys, "--json")[1])
+    assert len(told["tables"]) == 2

@@ -1,7 +1,7 @@
 """``python -m zm_mlx.doctor``: every Metal kernel against the plain ops on this machine.
 
-Prints a table of errors and times and ends with one line for a bug report: chip, system, versions,
-each kernel OK or not. Exit code 1 if a kernel is wrong.
+Prints a table of errors and times, which tables of rows per KV head are here, and ends with one line for a bug
+report: chip, system, versions, each kernel OK or not. Exit code 1 if a kernel is wrong.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from . import __version__
+from .calibration import finding
+from .calibration.table import MAKER, Table, TableError
 from .ops import check
 from .ops.choose import has_metal
 from .ops.kernels._common import DTYPES, HEAD_DIMS, metal_folder
@@ -56,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows must be 64 or more, not {args.rows}")
     rows = examine(args.rows) if has_metal() else []
     if args.json:
-        print(json.dumps({"machine": machine(), "metal": has_metal(), "rows": [asdict(r) for r in rows]}))
+        facts = {"machine": machine(), "metal": has_metal(), "rows": [asdict(r) for r in rows], "tables": head_tables()}
+        print(json.dumps(facts))
     else:
         print(table(rows))
+        print("\n".join(head_tables() or [f"No tables of rows per KV head here: {MAKER} makes one for a model."]))
     print(summary(rows), file=sys.stderr if args.json else sys.stdout)
     return 1 if any(r.complaint for r in rows) else 0
 
@@ -111,6 +116,18 @@ def table(rows: list[Row]) -> str:
             f"{r.kernel_ms:>11.3f}{r.ops_ms:>9.3f}  {verdict}"
         )
     return "\n".join([*lines, "(error: largest difference from the plain ops, 1 is the limit)"])
+
+
+def head_tables() -> list[str]:
+    """Each table of rows per KV head that models may find here, and what is wrong with it."""
+
+    def words(path: Path) -> str:
+        try:
+            return f"Rows per KV head: {Table.read(path).words}"
+        except TableError as error:
+            return f"Rows per KV head, NOT USED: {error}"
+
+    return [words(path) for path in finding.tables()]
 
 
 def machine() -> dict[str, str]:

@@ -45,6 +45,8 @@ def share_out(
     tokens = None if request.prompt_tokens is None else request.prompt_tokens + request.new_tokens
     if tokens is not None and tokens <= min(a.capacity for a in uniform):
         return Sharing(uniform, "uniform rows per head: prompt and new tokens fit")
+    if isinstance(search, Search) and len({m for a in uniform for m in a.context}) > 1:
+        return Sharing(uniform, "rows per head as the policy shares them out")
     found = find(model, search, heads) if isinstance(search, Search) else Found(asked)
     if found.table is None:
         return Sharing(uniform, f"uniform rows per head: {found.reason}", found.complaints)
