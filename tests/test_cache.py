@@ -354,7 +354,7 @@ def test_mlx_lms_own_files_go_round(tmp_path, residual, rows, dtype):
 def test_a_state_of_another_version_raises():
     state = filled().state
     with pytest.raises(ValueError, match="another version"):
-        ZeroMergeCache.from_state([*state[:-1], state[-1].replace('"format": 3', '"format": 2')])
+        ZeroMergeCache.from_state([*state[:-1], state[-1].replace('"format": 4', '"format": 3')])
 
 
 def test_trimming_is_refused_everywhere():

@@ -10,39 +10,40 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import policies
-from .phases import ExactPrompt, Phase, Streaming
+from .phases import ExactPrompt, Phase, Piece, Streaming
 from .policies import Policy
 from .state.layout import Layout
 from .state.rows import Dense
 from .state.state import Kept, Residuals, Scores, State
 
-FORMAT = 3
+FORMAT = 4
 
 Packed = list[mx.array | str | None]
 
 
 class Contents(NamedTuple):
-    """What a cache is made of; no state before its first token."""
+    """What a cache is made of; no state before its first token, and no turn where none is known."""
 
     layout: Layout
     policy: Policy
     phase: Phase
     state: State | None
+    turn: mx.array | None = None
 
 
 def pack(contents: Contents) -> Packed:
     """A tree as mlx-lm saves it."""
-    layout, policy, phase, state = contents
+    layout, policy, phase, state, turn = contents
     prompt = phase if isinstance(phase, ExactPrompt) else None
     facts = {
         "format": FORMAT,
         "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging, layout.reading],
         "policy": {"name": policies.name_of(policy), **policy.as_dict()},
-        "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale],
+        "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale, prompt.name],
         "clock": None if state is None else [state.departed, state.filled, state.since_compaction],
     }
     last = [None, None] if prompt is None else [prompt.queries, prompt.sinks]
-    return [*([] if state is None else state.arrays()), *last, json.dumps(facts)]
+    return [*([] if state is None else state.arrays()), *last, turn, json.dumps(facts)]
 
 
 def unpack(packed: Sequence[Any]) -> Contents:
@@ -62,16 +63,17 @@ def unpack(packed: Sequence[Any]) -> Contents:
         )
     residual, context, *rest = facts["layout"]
     arrays = [None if x is None else mx.array(x) for x in found]
-    *stores, queries, sinks = arrays
+    *stores, queries, sinks, turn = arrays
     phase: Phase = Streaming()
     if facts["prompt"] is not None:
-        length, before, scale = facts["prompt"]
-        phase = ExactPrompt(length, before, queries, scale, sinks)
+        length, before, scale, kind = facts["prompt"]
+        phase = (Piece if kind == Piece.name else ExactPrompt)(length, before, queries, scale, sinks)
     return Contents(
         Layout(residual, tuple(context), *rest),
         policies.BY_NAME[name](**facts["policy"]),
         phase,
         _state(stores, facts["clock"]) if stores else None,
+        turn,
     )
 
 

@@ -16,6 +16,7 @@ from .state.rows import Dense, after
 from .state.state import Call, Scores, State, Step
 
 Prefill = Literal["exact", "streaming"]
+PIECE = 512  # tokens that are read again together, at most
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Streaming:
             return out, state._replace(scores=scores, since_compaction=since), self
         return out, ops.compact(state._replace(scores=scores, since_compaction=0)), Streaming()
 
+    def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
+        """A prompt whose tokens are replayed is held in pieces: as long as a piece, whatever the budget."""
+        if call.length == 1 or not ops.policy.replays:
+            return state, self
+        return Piece(PIECE, state.seen).prepared(state, call, ops)
+
     def token(self, call: Call, new: Dense, state: State, ops: Operations) -> "Taken":
         """``take`` for one token, with as little Python as it takes."""
         kept, residuals, recent, scores, reading, departed, filled, since = state
@@ -71,7 +78,7 @@ class ExactPrompt:
     Args:
         length: tokens of the prompt, as announced.
         before: tokens seen before it.
-        queries: the last W, which score a prompt that ends earlier, and their scale and sinks.
+        queries: the last ones, which score a prompt that ends earlier and are replayed, and their scale and sinks.
     """
 
     length: int
@@ -95,7 +102,7 @@ class ExactPrompt:
         A prefill ends in one or two calls of one token. Any other that would exceed the budget is none of its.
         """
         remaining = self.length - self._taken(state)
-        if call.length == 1 and remaining > 2 and state.seen >= ops.layout.capacity:
+        if call.length == 1 and remaining > 2 and self._full(state, ops):
             return self.finish(state, ops), Streaming()
         if state.filled + remaining > state.recent_rows:
             state = state.with_recent_rows(state.filled + remaining)
@@ -104,17 +111,25 @@ class ExactPrompt:
     def room(self, state: State, ops: Operations) -> int:
         """Tokens until something happens: the scored part of the prompt begins, or the prompt ends."""
         taken, first = self._taken(state), self._first_scored(ops.policy)
-        return (first if taken < first else self.length) - taken
+        ends = [first if taken < first else self.length]
+        if ops.policy.replays:
+            ends.append(taken - taken % PIECE + PIECE)
+        return min(ends) - taken
 
     def block(self, call: Call, state: State, ops: Operations) -> "Taken":
         """Attend to tokens that are stored already; score them if they are among the last W."""
-        phase = self
-        if self._taken(state) > self._first_scored(ops.policy):
+        phase: ExactPrompt = self
+        scored = self._taken(state) > self._first_scored(ops.policy)
+        if not scored or ops.policy.replays:
+            phase = self._remembering(call, ops.policy)
+        if scored:
             out, scores = ops.attend(call, state)
             state = state._replace(scores=scores)
         else:
             out = ops.attend_whole(call, state)
-            phase, state = self._unscored(call, state, ops)
+            state = self._faded(call, state, ops)
+        if self._taken(state) % PIECE == 0:
+            state = phase._replayed(state, PIECE, ops)
         if self._taken(state) < self.length:
             return out, state, phase
         return out, phase.finish(state, ops), Streaming()
@@ -123,7 +138,7 @@ class ExactPrompt:
         """End the prompt with the tokens that it has: score them by the last W queries, and compact once."""
         if not self._taken(state):
             return ops.compact(state)
-        state = self._scored(state, ops)
+        state = self._replayed(self._scored(state, ops), self._taken(state) % PIECE, ops)
         capacity = ops.layout.capacity
         # Compactions stay where they would be if the prompt had been streamed, until one merges.
         since = (state.seen - capacity) % ops.layout.staging if state.seen <= capacity else 0
@@ -136,26 +151,54 @@ class ExactPrompt:
         """The token of the prompt from which on tokens are scored as they come."""
         return 0 if policy.window is None else max(0, self.length - policy.window)
 
-    def _unscored(self, call: Call, state: State, ops: Operations) -> "tuple[ExactPrompt, State]":
-        """Let older scores fade, and keep the last W queries: they score the prompt if it ends here."""
+    def _full(self, state: State, ops: Operations) -> bool:
+        """Whether one more token would exceed the budget."""
+        return state.seen >= ops.layout.capacity
+
+    def _remembering(self, call: Call, policy: Policy) -> "ExactPrompt":
+        """With the last queries, as many as score a prompt that ends here, or are replayed."""
         both = [call.queries] if self.queries is None else [self.queries, call.queries]
-        last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -(ops.policy.window or 0) :])
-        if self.before:
-            fade = ops.policy.decay**call.length
-            state = state._replace(scores=Scores(*(fade * x for x in state.scores)))
-        return replace(self, queries=last, scale=call.scale, sinks=call.sinks), state
+        count = max(policy.window or 0, PIECE if policy.replays else 0)
+        last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -count:])
+        return replace(self, queries=last, scale=call.scale, sinks=call.sinks)
+
+    def _faded(self, call: Call, state: State, ops: Operations) -> State:
+        """Older scores after queries that give none."""
+        if not self.before:
+            return state
+        fade = ops.policy.decay**call.length
+        return state._replace(scores=Scores(*(fade * x for x in state.scores)))
+
+    def _replayed(self, state: State, count: int, ops: Operations) -> State:
+        """The newest ``count`` tokens, which are a piece, read again by their own queries."""
+        if not ops.policy.replays or self.queries is None or count < 2:
+            return state
+        return ops.replay(Call(self.queries[:, :, -count:], self.scale, self.sinks), state)
 
     def _scored(self, state: State, ops: Operations) -> State:
         """Add what the kept queries give, as far as they are among the last W of the prompt."""
         scored = max(0, self._taken(state) - self._first_scored(ops.policy))
         window = ops.policy.window
-        if self.queries is None or scored == window:
+        if self.queries is None or window is None or scored == window:
             return state
-        queries = self.queries if window is None else self.queries[:, :, scored - window :]
+        last = self.queries[:, :, -window:]
+        queries = last[:, :, : last.shape[2] - scored] if ops.policy.replays else last[:, :, scored - window :]
+        if not queries.shape[2]:
+            return state
         then = state._replace(filled=state.filled - scored, scores=Scores.zeros_like(state.scores))
         mass = ops.score(Call(queries, self.scale, self.sinks), then)
         fade = ops.policy.decay**scored
         return state._replace(scores=Scores(*(x + fade * y for x, y in zip(state.scores, mass, strict=True))))
+
+
+@dataclass(frozen=True)
+class Piece(ExactPrompt):
+    """A part of a prompt that a streaming cache holds until it was read again; then it is compacted."""
+
+    name: ClassVar[Prefill] = "streaming"
+
+    def _full(self, state: State, ops: Operations) -> bool:
+        return True
 
 
 Phase = Streaming | ExactPrompt
@@ -169,13 +212,14 @@ def take(phase: Phase, call: Call, new: Dense, state: State, ops: Operations) ->
         output [B, H * G, L, Dv] in the dtype of the queries, and what state and phase follow.
     """
     length = call.length
-    if isinstance(phase, ExactPrompt):
-        state, phase = phase.prepared(state, call, ops)
+    state, phase = phase.prepared(state, call, ops)
     if length == 1 and isinstance(phase, Streaming):
         return phase.token(call, new, state, ops)
     outputs: list[mx.array] = []
     begin = 0
     while begin < length:
+        if begin and isinstance(phase, Streaming):  # a piece of a prompt has ended
+            state, phase = phase.prepared(state, call, ops)
         end = min(length, begin + phase.room(state, ops))
         block, rows = call.at(begin, end), Dense(new.keys[:, :, begin:end], new.values[:, :, begin:end])
         if outputs:  # one block after the other, or the logits of all exist at once

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..host.cache import ZeroMergeCache
 from ..ops.choose import Operations, mode
-from ..phases import ExactPrompt
+from ..phases import PIECE, ExactPrompt
 from ..policies import Policy
 from ..state.layout import Layout
 from ..state.state import Scores, State, to_model, to_storage
@@ -18,13 +18,14 @@ class Source(NamedTuple):
     """What a layer's cache is made of.
 
     scores: of the prompt's tokens by its last queries, [H, T] float32; reading: of a second reading, where
-    the policy has one. In the model's order of heads.
+    the policy has one; turn: see ``host.turning``. In the model's order of heads.
     """
 
     layer: Layer
     scores: mx.array
     policy: Policy
     reading: mx.array | None = None
+    turn: mx.array | None = None
 
 
 def scored(layer: Layer, policy: Policy) -> mx.array:
@@ -42,9 +43,22 @@ def scored(layer: Layer, policy: Policy) -> mx.array:
     return state.scores.recent[0]
 
 
+def replayed(layer: Layer, policy: Policy, turn: mx.array) -> mx.array:
+    """What a prompt's tokens are worth to its own queries behind each piece, [H, T] float32."""
+    layout = policy.layout(policy.smallest, layer.rows.shape[1])
+    operations = Operations(layout, policy, mode(), turn)
+    state, call = _whole(layer, layout), layer.last(None)
+    for begin in range(0, call.length, PIECE):
+        end = min(begin + PIECE, call.length)
+        if end - begin > 1:  # as ``ExactPrompt``: a token alone says nothing
+            state = operations.replay(call.at(begin, end), state._replace(filled=end))
+            mx.eval(state.reading)
+    return state.reading.recent[0]
+
+
 def compressed(source: Source, layout: Layout) -> ZeroMergeCache:
     """The cache after the prompt, compacted once."""
-    cache = ZeroMergeCache(layout, policy=source.policy)
+    cache = ZeroMergeCache(layout, policy=source.policy, turn=source.turn)
     state = ExactPrompt(source.layer.length).finish(_before(source, layout), cache.operations)
     mx.eval(state.arrays())
     cache.layer = state

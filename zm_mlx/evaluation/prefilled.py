@@ -20,14 +20,16 @@ from ..host.caches import ROTATING_KEEP
 from ..host.hook import replace_caches
 from ..host.model_caches import members
 from ..host.probe import probe
-from ..policies import Policy
+from ..host.turning import turns
+from ..phases import PIECE
+from ..policies import Policy, ZeroMerge
 from ..policies.expected_attention import ExpectedAttention, Queries
 from ..policies.kvzip import KVzip
-from ..state.layout import Layout
+from ..state.layout import LayerShape, Layout
 from . import expected, kvzip
 from .caches import Contender, Quantization, full, rows_of, window_rows
-from .exact import Source, compressed, fitted, scored
-from .recording import STEP, Layer, evaluate, read, record
+from .exact import Source, compressed, fitted, replayed, scored
+from .recording import STEP, Layer, Recording, evaluate, read, record
 from .window import Window
 
 
@@ -61,9 +63,9 @@ class Prompted:
         new = as_array(tokens)
         if not new.size:
             raise ValueError("a prompt needs at least one token besides its last one")
-        self.tokens = new if before is None else mx.concatenate([before.tokens, new])
-        self.shapes = probe(model) if before is None else before.shapes
-        self._recording = record(model, new, self.shapes, before and before._recording)
+        self.tokens: mx.array = new if before is None else mx.concatenate([before.tokens, new])
+        self.shapes: list[LayerShape] = probe(model) if before is None else before.shapes
+        self._recording: Recording = record(model, new, self.shapes, None if before is None else before._recording)
         self._scores: dict[tuple[int | None, float], list[mx.array]] = {}  # by the policy's window and decay
 
     def __len__(self) -> int:
@@ -124,7 +126,8 @@ class Prompted:
         if policy.needs:
             raise ValueError(f"{contender.name} does not work: {contender.method} needs {policy.needs}")
         layouts = self._layouts(contender)
-        return lambda i: ZeroMergeCache(layouts[i], policy=policy)
+        known = self._turns if policy.replays else [None] * len(layouts)
+        return lambda i: ZeroMergeCache(layouts[i], policy=policy, turn=known[i])
 
     def _room(self, contender: Contender) -> int:
         return contender.room(self.shapes, len(self))
@@ -144,9 +147,23 @@ class Prompted:
         if isinstance(policy, ExpectedAttention):
             queries = zip(sources, self._queries, strict=True)
             return [s._replace(policy=replace(policy, queries=q)) for s, q in queries]
+        if policy.replays:
+            known = zip(sources, self._replayed, self._turns, strict=True)
+            return [s._replace(reading=r, turn=t) for s, r, t in known]
         if isinstance(policy, KVzip):
             return [s._replace(reading=r) for s, r in zip(sources, self._repeated, strict=True)]
         return sources
+
+    @cached_property
+    def _turns(self) -> list[mx.array | None]:
+        """What moves each layer's queries behind a piece."""
+        return turns(self.model, self.shapes, PIECE)
+
+    @cached_property
+    def _replayed(self) -> list[mx.array | None]:
+        """Each layer's importance to the prompt's own queries."""
+        policy, pairs = ZeroMerge(), zip(self.layers, self._turns, strict=True)
+        return [None if turn is None else replayed(x, policy, turn) for x, turn in pairs]
 
     @cached_property
     def _queries(self) -> list[Queries]:

@@ -58,6 +58,7 @@ class ZeroMergeCache:
         prefill: Prefill = "streaming",
         prompt_length: int | None = None,
         kernels: Mode | None = None,
+        turn: mx.array | None = None,
     ) -> None:
         if not isinstance(layout, Layout):
             raise ValueError(
@@ -67,7 +68,7 @@ class ZeroMergeCache:
             raise ValueError(f"policy must be a zm_mlx.Policy, not {policy!r}")
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', not {prefill!r}")
-        self._start(Operations(layout, policy or Policy(), mode(kernels)))
+        self._start(Operations(layout, policy or Policy(), mode(kernels), turn))
         if self.policy.reads and not layout.reading:
             raise ValueError(
                 "this policy needs rows with room for a second reading: policy.layout(rows, heads) makes them"
@@ -255,12 +256,12 @@ class ZeroMergeCache:
     @property
     def state(self) -> Packed:
         """All arrays, and everything else as one JSON string."""
-        return pack(Contents(self.layout, self.policy, self.phase, self.layer))
+        return pack(Contents(self.layout, self.policy, self.phase, self.layer, self.operations.turn))
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        layout, policy, phase, layer = unpack(state)
-        self._start(Operations(layout, policy, mode()))
+        layout, policy, phase, layer, turn = unpack(state)
+        self._start(Operations(layout, policy, mode(), turn))
         self.phase, self.layer = phase, layer
 
     @classmethod

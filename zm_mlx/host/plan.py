@@ -13,14 +13,15 @@ from ..budget import Budget, Request, largest, resolve, total_bytes
 from ..calibration.finding import Search
 from ..calibration.table import Table
 from ..ops.choose import Mode
-from ..phases import Prefill
-from ..policies import Policy
+from ..phases import PIECE, Prefill
+from ..policies import Policy, ZeroMerge
 from ..state.layout import LayerShape, Layout
 from .cache import ZeroMergeCache
 from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
 from .memory import free_bytes
 from .probe import probe
+from .turning import turns
 
 HeadRows = Sequence[Sequence[int]]
 
@@ -56,6 +57,8 @@ class Plan:
     def caches(self, model: nn.Module, kernels: Mode | None = None) -> list[Any]:
         """One cache per layer of the model, for its ``cache`` or mlx-lm's ``prompt_cache`` argument."""
 
+        known = turns(model, self.shapes, PIECE) if self.policy.replays else [None] * len(self.shapes)
+
         def make(i: int) -> ZeroMergeCache:
             return ZeroMergeCache(
                 self.layouts[i],
@@ -63,6 +66,7 @@ class Plan:
                 prefill=self.prefill,
                 prompt_length=self.prompt_length,
                 kernels=kernels,
+                turn=known[i],
             )
 
         return replace_caches(mlx_lm_make_prompt_cache(model), make)
@@ -91,7 +95,7 @@ def plan_cache(
         raise ValueError(f"max_tokens must be 0 tokens or more, not {max_tokens!r}")
     if prefill == "exact" and prompt_length is None:
         raise ValueError("prefill='exact' ends with the prompt: give prompt_length, or take prefill='streaming'")
-    policy = policy or Policy()
+    policy = policy or ZeroMerge()
     shapes = probe(model)
     other = _other_bytes(model, shapes[0])
     free = free_bytes()

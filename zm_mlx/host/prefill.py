@@ -10,11 +10,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
 from ..errors import UnsupportedModelError
+from ..phases import PIECE
 from .cache import ZeroMergeCache
 from .model_caches import zero_merge
 from .probe import name_of
 
-PIECE = 512  # tokens that are read twice at a time, at most
 STEP = 2048  # tokens of a call of the model, mlx-lm's own number
 
 Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all

@@ -9,7 +9,7 @@ names it: the text is never wrong because a GPU or an operating system is new.
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -22,7 +22,7 @@ from ..state.state import Call, Scores, State, Step
 from . import check
 from .kernels import attend, attend_chunk, compact, score
 from .kernels._common import serves
-from .plain import attention, compaction, decode, half, rereading, uncompressed
+from .plain import attention, compaction, decode, half, replaying, rereading, uncompressed
 
 ENVIRONMENT = "ZM_MLX_KERNELS"
 MODES = ("auto", "metal", "ops")
@@ -37,6 +37,7 @@ class Operations:
     layout: Layout
     policy: Policy
     kernels: Mode = "auto"
+    turn: mx.array | None = field(default=None, compare=False)  # see ``replaying.replay``; ``None`` where not known
 
     def attend(self, call: Call, state: State) -> tuple[mx.array, Scores]:
         """``attention.attend``; one query a sequence takes the kernel ``attend``, more take ``attend_chunk``."""
@@ -72,6 +73,10 @@ class Operations:
     def read_again(self, call: Call, new: Dense, state: State) -> tuple[mx.array, State]:
         """``rereading.read_again``."""
         return rereading.read_again(call, new, state, self.layout, self.policy)
+
+    def replay(self, call: Call, state: State) -> State:
+        """``replaying.replay``; the state as it is where the model's rotation is not known."""
+        return state if self.turn is None else replaying.replay(call, state, self.layout, self.turn)
 
     def compact(self, state: State) -> State:
         """``compaction.compact`` by the policy's importance."""

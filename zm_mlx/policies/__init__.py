@@ -12,11 +12,13 @@ from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import Tova
+from .zeromerge import ZeroMerge
 
-__all__ = ["BY_NAME", "Paper", "Policy", "name_of"]
+__all__ = ["BY_NAME", "Paper", "Policy", "ZeroMerge", "name_of"]
 
 BY_NAME: dict[str, type[Policy]] = {
-    "zeromerge": Policy,
+    "zeromerge": ZeroMerge,
+    "compensated": Policy,
     "paper": Paper,
     "streaming_llm": StreamingLLM,
     "h2o": H2O,

@@ -12,8 +12,8 @@ from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
 from . import merging, ranking, selection
 
-Score = Literal["attention", "reread"]
-SCORES = ("attention", "reread")
+Score = Literal["attention", "replay", "reread"]
+SCORES = ("attention", "replay", "reread")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Policy:
         kappa: cap, in nats, of the second-order term of a merged row's logit.
         decay: λ, what is left of a token's importance one query later, in (0, 1].
         pool: neighbouring rows over which importance is max-pooled for selection; odd.
-        score: what importance is: "attention" alone, or united with a second reading of the prompt ("reread").
+        newest: proximity rows at least, as far as half of the rows go: what a share gives is too few where N is small.
+        score: what importance is: "attention" alone, or united with what tokens are worth when the prompt is read
+            again: by the queries it has, moved behind it ("replay"), or by the model's second reading ("reread").
 
     Raises:
         ValueError: a setting is outside its range.
@@ -46,12 +48,13 @@ class Policy:
     kappa: float = 3.0
     decay: float = 0.98
     pool: int = 13
+    newest: int = 1
     score: Score = "attention"
 
     needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
 
     def __post_init__(self) -> None:
-        for name in ("residual", "pool", "staging"):
+        for name in ("residual", "pool", "newest", "staging"):
             value = getattr(self, name)
             if not (isinstance(value, int) or (name == "staging" and value is None)):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
@@ -71,6 +74,8 @@ class Policy:
             raise ValueError(f"decay must be in (0, 1], not {self.decay}")
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool must be an odd number of rows, not {self.pool}")
+        if self.newest < 1:
+            raise ValueError(f"newest must be 1 row or more, not {self.newest!r}")
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
 
@@ -88,6 +93,7 @@ class Policy:
             residual=self.residual,
             proximity=self.proximity,
             staging=self.staging,
+            newest=self.newest,
             reading=self.reads,
         )
 
@@ -117,7 +123,12 @@ class Policy:
     @property
     def reads(self) -> bool:
         """Whether importance comes from ``State.reading`` too, so that rows must carry it."""
-        return self.score == "reread"
+        return self.score != "attention"
+
+    @property
+    def replays(self) -> bool:
+        """Whether ``State.reading`` is filled while a prompt is taken, by its own queries."""
+        return self.score == "replay"
 
     @property
     def window(self) -> int | None:
@@ -130,7 +141,7 @@ class Policy:
     def importance(self, state: State, layout: Layout) -> Scores:
         """What each row is worth when a compaction selects (method.md 3).
 
-        The decayed sum of its attention, or, for "reread", that united with what a second reading showed.
+        The decayed sum of its attention, or that united with what it is worth when the prompt is read again.
         """
         return state.scores if self.score == "attention" else ranking.united(state, layout, self.pool)
 

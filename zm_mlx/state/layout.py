@@ -69,12 +69,14 @@ class Layout:
         residual: int,
         proximity: float,
         staging: int | None,
+        newest: int = 1,
         reading: bool = False,
     ) -> "Layout":
         """Divide N rows per head, one number for all heads or one a head.
 
         S = clamp(mean N / 8, 1, 256) unless ``staging`` says otherwise; P is the share ``proximity``
-        of the mean C = N - S, as far as the smallest head has room for it.
+        of the mean C = N - S, or ``newest`` rows if that is more but no more than half of C, as far as the smallest
+        head has room for it.
 
         Raises:
             ValueError: a head has too few rows (the message says the fewest that work), or the
@@ -93,8 +95,9 @@ class Layout:
             )
         if sum(table) > MAX_ROWS:
             raise ValueError(f"a budget of {max(table)} rows per head is too large: {MAX_ROWS} rows is the most")
-        newest = max(1, min(round(proximity * (mean - stage)), min(table) - residual - stage))
-        return cls(residual, tuple(n - residual - newest - stage for n in table), newest, stage, reading)
+        share = max(round(proximity * (mean - stage)), min(newest, int(mean - stage) // 2))
+        recent = max(1, min(share, min(table) - residual - stage))
+        return cls(residual, tuple(n - residual - recent - stage for n in table), recent, stage, reading)
 
     @property
     def heads(self) -> int:
