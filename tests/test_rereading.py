@@ -355,7 +355,7 @@ def test_wrong_arguments_raise(model):
         zm_mlx.prefill(model, [1] * 60, caches_of(model, 61), step=1)
     with pytest.raises(ValueError, match="step must be 1 token or more, not 0"):
         zm_mlx.prefill(model, [1] * 60, caches_of(model, 61, policy=ATTENTION), step=0)
-    with pytest.raises(ValueError, match="score must be one of attention, .*reread, not 'both'"):
+    with pytest.raises(ValueError, match=r"score must be one of attention, .*reread, not 'both'"):
         Policy(score="both")
     with pytest.raises(ValueError, match="rows with room for a second reading"):
         ZeroMergeCache(ATTENTION.layout(20, 2), policy=REREAD)

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import commands
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import tiny
 from commands import document
 from mlx.utils import tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 import zm_mlx
 from zm_mlx import cache_prompt, doctor, generate
 from zm_mlx.calibration import finding
 from zm_mlx.calibration.finding import Search
-from zm_mlx.calibration.fingerprint import fingerprint
+from zm_mlx.calibration.fingerprint import fingerprint, lineage
 from zm_mlx.calibration.table import Table, TableError
 from zm_mlx.flags import DEFAULT_MODEL
 from zm_mlx.policies import PyramidKV
@@ -49,7 +51,7 @@ def places(tables, tmp_path, monkeypatch):
 
 
 def of(model, name="tiny", shares=SHARES):
-    return Table(fingerprint(model), name, {"tokens": 64, "texts": 2, "importance": "made up"}, ((0.1, shares),))
+    return Table(lineage(model), name, {"tokens": 64, "texts": 2, "importance": "made up"}, ((0.1, shares),))
 
 
 def rows(plan):
@@ -81,6 +83,36 @@ def test_fingerprints_tell_trainings_and_shapes_apart(model):
     assert len({fingerprint(m) for m in (model, *others, last)}) == 5
 
 
+def trained(seed=0, **more):
+    """A model whose norms tell it apart, as training does."""
+    made = tiny.model(seed, **more)
+    mx.random.seed(seed)
+    for layer in made.model.layers:
+        layer.input_layernorm.weight = mx.random.uniform(0.5, 2, (64,))
+    return made
+
+
+@pytest.mark.parametrize("change", ["quantised", "half", "adapter"])
+def test_a_table_is_for_all_quantisations_widths_and_adapters_of_a_training(change):
+    model, other = trained(), trained()
+    if change == "quantised":
+        nn.quantize(other, group_size=32, bits=4)
+    elif change == "half":
+        other.set_dtype(mx.bfloat16)
+    else:
+        linear_to_lora_layers(other, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    assert fingerprint(other) != fingerprint(model)
+    assert lineage(other) == lineage(model)
+    assert rows(plan(other, head_rows=of(model))) == rows(plan(model, head_rows=of(model))) != [(400, 400)] * 2
+
+
+def test_other_trainings_and_untrained_models_have_another_lineage():
+    last = trained()
+    last.model.norm.weight = last.model.norm.weight * 1.01
+    made = [trained(), trained(1), trained(layers=3), last, tiny.model(), tiny.model(1)]
+    assert len({lineage(m) for m in made}) == 6
+
+
 # ---- finding
 
 
@@ -95,9 +127,9 @@ def test_a_models_table_is_used_by_itself(model, table, places, place):
 
 
 def test_a_table_beside_the_model_comes_first_then_the_users_then_the_packages(model, places, tmp_path):
-    of(model, "shipped").write(places["package"] / f"{fingerprint(model)}.json")
+    of(model, "shipped").write(places["package"] / f"{lineage(model)}.json")
     assert "table of shipped" in plan(model).heads_reason
-    of(model, "users").write(places["user"] / f"{fingerprint(model)}.json")
+    of(model, "users").write(places["user"] / f"{lineage(model)}.json")
     assert "table of users" in plan(model).heads_reason
     of(model, "beside").write(tmp_path / finding.BESIDE)
     assert "table of beside" in plan(model, head_rows=Search(tmp_path)).heads_reason

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .host.caches import CacheSet
 from .host.plan import Plan
-from .host.prefill import PIECE
+from .phases import PIECE
 from .state.layout import Layout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from .fingerprint import fingerprint
+from .fingerprint import lineage
 from .table import MAKER, Table, TableError
 
 BESIDE = "zm_mlx_table.json"  # the name of a table in its model's folder
@@ -33,7 +33,7 @@ class Found:
 
 
 def user_folder() -> Path:
-    """Where a user's own tables lie, one for each model, named by its fingerprint."""
+    """Where a user's own tables lie, one for each trained model, named by its lineage."""
     usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(usual)) / "zm_mlx" / "tables"
 
@@ -45,7 +45,7 @@ def find(model: nn.Module, search: Search, heads: tuple[int, ...]) -> Found:
         heads: KV heads of each layer that the table is for.
     """
     complaints = []
-    name = fingerprint(model)
+    name = lineage(model)
     for path in _places(name, search.folder):
         try:
             table = Table.read(path).require_model(name)

@@ -35,7 +35,7 @@ class Table:
     """Shares of the context rows at several fractions of kept tokens, for one model.
 
     Args:
-        model: the model's fingerprint.
+        model: the model's lineage (``fingerprint.lineage``): the same for all its quantisations.
         name: what the model was called.
         made: how it was made, in words and numbers (``tokens``, ``texts``, ``importance``).
         points: fractions of kept tokens in (0, 1), ascending, and the shares at each.
@@ -129,13 +129,13 @@ class Table:
 
         return tuple(tuple(map(share, a, b)) for a, b in zip(less, more, strict=True))
 
-    def require_model(self, fingerprint: str) -> "Table":
-        """The table itself, if it is of the model with this fingerprint.
+    def require_model(self, lineage: str) -> "Table":
+        """The table itself, if it is of the trained model with this lineage.
 
         Raises:
             TableError: it is of another one.
         """
-        if self.model != fingerprint:
+        if self.model != lineage:
             raise TableError(f"{self._named} was made for another model ({self.name}); {MAKER} makes one for this")
         return self
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..budget import Request
 from ..calibration.finding import Found, Search, find
-from ..calibration.fingerprint import fingerprint
+from ..calibration.fingerprint import lineage
 from ..calibration.table import Table
 from ..state.layout import LayerShape, Layout
 
@@ -40,7 +40,7 @@ def share_out(
     search = Search() if wanted == "auto" else wanted
     if not isinstance(search, Search):  # before anything else: what is asked for must be right though it is not needed
         asked = search if isinstance(search, Table) else Table.read(search)
-        asked.require_model(fingerprint(model))
+        asked.require_model(lineage(model))
         asked.require_heads(heads)
     tokens = None if request.prompt_tokens is None else request.prompt_tokens + request.new_tokens
     if tokens is not None and tokens <= min(a.capacity for a in uniform):

@@ -61,10 +61,9 @@ def _agrees(
     model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], found: list[mx.array | None], by: int
 ) -> bool:
     """Whether the first layer that rotates moves its queries as its matrix does."""
-    first = next((i for i, x in enumerate(found) if x is not None), None)
-    if first is None:
+    first, matrix = next(((i, x) for i, x in enumerate(found) if x is not None), (0, None))
+    if matrix is None:
         return True
-    matrix = found[first]
     here, later = (_queries(model, shapes, offset, first) for offset in (0, by))
     error = mx.linalg.norm(here @ matrix - later, axis=-1)
     return bool(mx.all(error <= CLOSE * mx.linalg.norm(later, axis=-1) + 1e-6))

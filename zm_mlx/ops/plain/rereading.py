@@ -35,8 +35,9 @@ def read_again(call: Call, new: Dense, state: State, layout: Layout, policy: Pol
     found = mx.concatenate([worth for _, worth in groups], axis=1)
     before, first = state.reading.recent, state.filled - call.length
     recent = mx.concatenate([before[:, :, :first], found, before[:, :, state.filled :]], axis=2)
-    state = state._replace(reading=Scores(state.reading.kept, recent))
-    return mx.concatenate([out for out, _ in groups], axis=1), state
+    # The next layer needs the output alone, and the probabilities of all layers would wait for the readings.
+    out = mx.depends(mx.concatenate([out for out, _ in groups], axis=1), recent)
+    return out, state._replace(reading=Scores(state.reading.kept, recent))
 
 
 def most_attention(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
