@@ -20,7 +20,7 @@ from ..state.layout import LayerShape, Layout
 FORMAT = 1
 DEFAULT_FRACTION = 0.1  # of the candidates, where the number of tokens to come is not known
 # The part of the context rows that all heads share alike, by mean rows per head; linear in log rows between these.
-UNIFORM = ((32, 1.0), (100, 0.5), (400, 0.2))
+UNIFORM = ((32, 1.0), (64, 0.5), (200, 0.2))
 MAKER = "python -m zm_mlx.calibrate"
 
 Shares = tuple[tuple[float, ...], ...]  # of each KV head, layer by layer; 1 on average

@@ -9,12 +9,14 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..budget import largest, total_bytes
 from ..host.caches import ROTATING_KEEP
-from ..policies import BY_NAME, Policy
+from ..policies import BY_NAME, Policy, ZeroMerge, name_of
 from ..state.layout import LayerShape
 from ..state.rows import Dense
 
+DEFAULT = name_of(ZeroMerge())
 OF_MLX_LM = ("full", "rotating", "quantized")
 STREAMING = "-streaming"
+UNIFORM = "-uniform"
 BITS = (8, 4, 2)  # widths that mlx-lm's quantised cache allocates right
 GROUPS = (32, 64, 128)  # numbers that share a scale, the most exact first
 
@@ -26,7 +28,8 @@ class Contender:
     Args:
         name: ``full``, ``rotating`` or ``quantized`` of mlx-lm, or a policy of ``policies.BY_NAME``. The prompt is
             read with full caches and compressed once; with ``-streaming`` behind the name it is read through
-            the caches themselves.
+            the caches themselves; with ``-uniform`` it does not use the model's table of rows per head, which
+            ``zeromerge`` does where there is one.
         budget: share of the bytes that full caches take for the prompt, in (0, 1]; ``full`` takes all.
         policy: other settings than the named policy's own.
 
@@ -54,7 +57,12 @@ class Contender:
     @property
     def method(self) -> str:
         """The name without the way in which the prompt is read."""
-        return self.name.removesuffix(STREAMING)
+        return self.name.removesuffix(STREAMING).removesuffix(UNIFORM)
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows are shared out by the model's table."""
+        return self.method == DEFAULT and UNIFORM not in self.name
 
     @cached_property
     def settings(self) -> Policy | None:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from ..budget import total_bytes
+from ..calibration.table import Table
 from ..host.cache import ZeroMergeCache
 from ..host.caches import ROTATING_KEEP
 from ..host.hook import replace_caches
@@ -42,6 +43,7 @@ class Prompted:
             that every logit comes from the compressed cache.
         tokenizer: the model's, which only KVzip needs: it asks the model to repeat the prompt.
         before: a prompt that was read, behind which these tokens come.
+        table: of the model, by which ``zeromerge`` shares rows out.
 
     Attributes:
         layers: what each full-attention layer computed.
@@ -58,8 +60,9 @@ class Prompted:
         tokens: Sequence[int] | mx.array,
         tokenizer: Any = None,
         before: "Prompted | None" = None,
+        table: Table | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.table = model, tokenizer, table
         new = as_array(tokens)
         if not new.size:
             raise ValueError("a prompt needs at least one token besides its last one")
@@ -82,7 +85,7 @@ class Prompted:
 
     def followed_by(self, tokens: Sequence[int] | mx.array) -> "Prompted":
         """The prompt with more tokens behind it, of which only these are read."""
-        return Prompted(self.model, tokens, self.tokenizer, before=self)
+        return Prompted(self.model, tokens, self.tokenizer, self, self.table)
 
     def caches(self, contender: Contender) -> list[Any]:
         """Caches that have seen the prompt, one for each layer of the model; new ones at each call.
@@ -136,7 +139,10 @@ class Prompted:
         """As many rows as the budget's bytes hold, before anything is known of the prompt."""
         policy = contender.settings or Policy()
         rows = rows_of(policy, self.shapes, self._room(contender))
-        return policy.layouts(rows, [s.heads for s in self.shapes])
+        uniform = policy.layouts(rows, [s.heads for s in self.shapes])
+        if self.table is None or not contender.shares:
+            return uniform
+        return self.table.layouts(uniform, self.shapes, len(self))
 
     def _sources(self, policy: Policy) -> list[Source]:
         """What the layers' caches are made of, with what only the model can tell of this prompt."""

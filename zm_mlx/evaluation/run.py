@@ -1,5 +1,6 @@
 """Measures what is missing: every item of every task with every cache, in an order that makes half a run useful."""
 
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,15 @@ def label(contender: Contender) -> str:
     return contender.name if contender.name == "full" else f"{contender.name} at {100 * contender.budget:g} %"
 
 
+def _settings(subject: Subject, contender: Contender) -> str:
+    """Those of the policy, and which table it shares rows out by."""
+    if contender.settings is None:
+        return ""
+    table = subject.table if contender.shares else None
+    mark = "" if table is None else f", table {hashlib.sha256(table.text().encode()).hexdigest()[:16]}"
+    return f"{contender.settings!r}{mark}"
+
+
 def _point(subject: Subject, task: Task, item: Item, contender: Contender) -> Point:
     return Point(
         task=task.name,
@@ -96,6 +106,6 @@ def _point(subject: Subject, task: Task, item: Item, contender: Contender) -> Po
         part=item.part,
         prompt_tokens=item.prompt_tokens,
         cache=contender.name,
-        settings="" if contender.settings is None else repr(contender.settings),
+        settings=_settings(subject, contender),
         budget=contender.budget,
     )

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from ..calibration.finding import Search, find
 from ..calibration.fingerprint import fingerprint
+from ..calibration.table import Table
 from ..engine import Engine
 from ..host.plan import context_of
+from ..host.probe import probe
 from .frame import Frame, begins_with
 from .prefilled import Prompted
 
@@ -22,6 +26,13 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.model)
+
+    @cached_property
+    def table(self) -> Table | None:
+        """The model's table of rows per KV head, as the other commands find it."""
+        folder = Path(self.engine.name)
+        search = Search(folder if folder.is_dir() else None)
+        return find(self.model, search, tuple(s.heads for s in probe(self.model))).table
 
     @property
     def context(self) -> int | None:
@@ -64,5 +75,5 @@ class Subject:
         key = tuple(tokens)
         if self._last is None or self._last[0] != key:
             self._last = None  # before the next one takes memory
-            self._last = key, Prompted(self.model, tokens, self.tokenizer)
+            self._last = key, Prompted(self.model, tokens, self.tokenizer, table=self.table)
         return self._last[1]
