@@ -48,7 +48,7 @@ class Streaming:
 
     def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
         """A prompt whose tokens are replayed is held in pieces: as long as a piece, whatever the budget."""
-        if call.length == 1 or not ops.policy.replays:
+        if call.length == 1 or not ops.replays:
             return state, self
         return Piece(PIECE, state.seen).prepared(state, call, ops)
 
@@ -102,7 +102,7 @@ class ExactPrompt:
         A prefill ends in one or two calls of one token. Any other that would exceed the budget is none of its.
         """
         remaining = self.length - self._taken(state)
-        if call.length == 1 and remaining > 2 and self._full(state, ops):
+        if call.length == 1 and self._decoding(remaining, state, ops):
             return self.finish(state, ops), Streaming()
         if state.filled + remaining > state.recent_rows:
             state = state.with_recent_rows(state.filled + remaining)
@@ -112,7 +112,7 @@ class ExactPrompt:
         """Tokens until something happens: the scored part of the prompt begins, or the prompt ends."""
         taken, first = self._taken(state), self._first_scored(ops.policy)
         ends = [first if taken < first else self.length]
-        if ops.policy.replays:
+        if ops.replays:
             ends.append(taken - taken % PIECE + PIECE)
         return min(ends) - taken
 
@@ -120,8 +120,8 @@ class ExactPrompt:
         """Attend to tokens that are stored already; score them if they are among the last W."""
         phase: ExactPrompt = self
         scored = self._taken(state) > self._first_scored(ops.policy)
-        if not scored or ops.policy.replays:
-            phase = self._remembering(call, ops.policy)
+        if not scored or ops.replays:
+            phase = self._remembering(call, ops)
         if scored:
             out, scores = ops.attend(call, state)
             state = state._replace(scores=scores)
@@ -151,14 +151,14 @@ class ExactPrompt:
         """The token of the prompt from which on tokens are scored as they come."""
         return 0 if policy.window is None else max(0, self.length - policy.window)
 
-    def _full(self, state: State, ops: Operations) -> bool:
-        """Whether one more token would exceed the budget."""
-        return state.seen >= ops.layout.capacity
+    def _decoding(self, remaining: int, state: State, ops: Operations) -> bool:
+        """Whether a call of one token is none of the prompt's, and would exceed the budget."""
+        return remaining > 2 and state.seen >= ops.layout.capacity
 
-    def _remembering(self, call: Call, policy: Policy) -> "ExactPrompt":
+    def _remembering(self, call: Call, ops: Operations) -> "ExactPrompt":
         """With the last queries, as many as score a prompt that ends here, or are replayed."""
         both = [call.queries] if self.queries is None else [self.queries, call.queries]
-        count = max(policy.window or 0, PIECE if policy.replays else 0)
+        count = max(ops.policy.window or 0, PIECE if ops.replays else 0)
         last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -count:])
         return replace(self, queries=last, scale=call.scale, sinks=call.sinks)
 
@@ -171,7 +171,7 @@ class ExactPrompt:
 
     def _replayed(self, state: State, count: int, ops: Operations) -> State:
         """The newest ``count`` tokens, which are a piece, read again by their own queries."""
-        if not ops.policy.replays or self.queries is None or count < 2:
+        if not ops.replays or self.queries is None or count < 2:
             return state
         return ops.replay(Call(self.queries[:, :, -count:], self.scale, self.sinks), state)
 
@@ -182,7 +182,7 @@ class ExactPrompt:
         if self.queries is None or window is None or scored == window:
             return state
         last = self.queries[:, :, -window:]
-        queries = last[:, :, : last.shape[2] - scored] if ops.policy.replays else last[:, :, scored - window :]
+        queries = last[:, :, : last.shape[2] - scored] if ops.replays else last[:, :, scored - window :]
         if not queries.shape[2]:
             return state
         then = state._replace(filled=state.filled - scored, scores=Scores.zeros_like(state.scores))
@@ -197,7 +197,17 @@ class Piece(ExactPrompt):
 
     name: ClassVar[Prefill] = "streaming"
 
-    def _full(self, state: State, ops: Operations) -> bool:
+    def finish(self, state: State, ops: Operations) -> State:
+        """End the piece with the tokens that it has; so few that streaming would not have compacted yet stay staged."""
+        taken = self._taken(state)
+        since = state.since_compaction + taken
+        if since >= ops.layout.staging:
+            return super().finish(state, ops)
+        state = self._replayed(state, taken % PIECE, ops)
+        return state.without_leaving(ops.layout, 0)._replace(since_compaction=since)
+
+    def _decoding(self, remaining: int, state: State, ops: Operations) -> bool:
+        """A piece ends with any such call, so that decoding never holds one."""
         return True
 
 

@@ -10,6 +10,7 @@ from ..policies import Policy
 from ..state.layout import LayerShape
 from .cache import ZeroMergeCache
 from .hook import attach, replace_caches
+from .model_caches import members
 
 TOKENS = 3
 CLOSE = 0.03  # of a query's length; 16-bit models round more than the rotation is wrong by
@@ -26,7 +27,7 @@ def turns(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], b
     layers = getattr(model, "layers", [])
     if len(layers) != len(caches):
         return [None] * len(shapes)
-    own = [layer for layer, cache in zip(layers, caches, strict=True) if type(cache) is KVCache]
+    own = [x for x, cache in zip(layers, caches, strict=True) if any(type(c) is KVCache for c in members([cache]))]
     if len(own) != len(shapes):
         return [None] * len(shapes)
     found: list[mx.array | None] = []
@@ -34,7 +35,10 @@ def turns(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], b
         matrix = _matrix(layer, shape.head_dim, by)
         same = next((x for x in found if x is not None and matrix is not None and _equal(x, matrix)), matrix)
         found.append(same)  # one array for all layers that rotate alike
-    return found if _agrees(model, shapes, found, by) else [None] * len(shapes)
+    if all(x is None for x in found):
+        return found
+    here, later = (_queries(model, shapes, offset) for offset in (0, by))
+    return [x if _agrees(x, q, p) else None for x, q, p in zip(found, here, later, strict=True)]
 
 
 def _matrix(layer: nn.Module, dim: int, by: int) -> mx.array | None:
@@ -57,25 +61,20 @@ def _equal(x: mx.array, y: mx.array) -> bool:
     return x.shape == y.shape and bool(mx.array_equal(x, y))
 
 
-def _agrees(
-    model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], found: list[mx.array | None], by: int
-) -> bool:
-    """Whether the first layer that rotates moves its queries as its matrix does."""
-    first, matrix = next(((i, x) for i, x in enumerate(found) if x is not None), (0, None))
+def _agrees(matrix: mx.array | None, here: mx.array, later: mx.array) -> bool:
+    """Whether a layer moves its queries as its matrix does."""
     if matrix is None:
-        return True
-    here, later = (_queries(model, shapes, offset, first) for offset in (0, by))
+        return False
     error = mx.linalg.norm(here @ matrix - later, axis=-1)
     return bool(mx.all(error <= CLOSE * mx.linalg.norm(later, axis=-1) + 1e-6))
 
 
-def _queries(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], offset: int, layer: int) -> mx.array:
-    """The queries of some tokens at a position, where attention gives nothing: they depend on nothing before."""
+def _queries(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], offset: int) -> list[mx.array]:
+    """Each layer's queries of some tokens at a position; attention gives nothing: they depend on nothing before."""
     attach(model)
     heard = [_Heard(shape.heads, offset) for shape in shapes]
     model(mx.arange(1, 1 + TOKENS)[None], cache=replace_caches(make_prompt_cache(model), lambda i: heard[i]))
-    found: mx.array = heard[layer].queries
-    return found.astype(mx.float32)
+    return [x.queries.astype(mx.float32) for x in heard]
 
 
 class _Heard(ZeroMergeCache):

@@ -39,6 +39,11 @@ class Operations:
     kernels: Mode = "auto"
     turn: mx.array | None = field(default=None, compare=False)  # see ``replaying.replay``; ``None`` where not known
 
+    @property
+    def replays(self) -> bool:
+        """Whether a prompt's own queries are replayed: the policy asks for it, and the model's rotation is known."""
+        return self.policy.replays and self.turn is not None
+
     def attend(self, call: Call, state: State) -> tuple[mx.array, Scores]:
         """``attention.attend``; one query a sequence takes the kernel ``attend``, more take ``attend_chunk``."""
         operation = half.attend if _in_half(state) else attention.attend
