@@ -45,9 +45,8 @@ def _matrix(layer: nn.Module, dim: int, by: int) -> mx.array | None:
     ropes = [m["rope"] for m in layer.modules() if isinstance(m.get("rope"), nn.Module)]
     if len(ropes) != 1:
         return None
-    basis = mx.eye(dim)[:, None, None]
-    try:
-        still, moved = (ropes[0](basis, offset=n)[:, 0, 0].astype(mx.float32) for n in (0, by))
+    try:  # a basis for each: some rotations scale what they are given in place
+        still, moved = (ropes[0](mx.eye(dim)[:, None, None], offset=n)[:, 0, 0].astype(mx.float32) for n in (0, by))
     except (TypeError, ValueError):  # a module of this name that is called in another way
         return None
     scale = mx.diag(still)
