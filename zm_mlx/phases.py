@@ -17,6 +17,7 @@ from .state.state import Call, Scores, State, Step
 
 Prefill = Literal["exact", "streaming"]
 PIECE = 512  # tokens that are read again together, at most
+FEWEST = 128  # queries to which a residual row is fitted: it has as many numbers as a head has dims
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class ExactPrompt:
         """Attend to tokens that are stored already; score them if they are among the last W."""
         phase: ExactPrompt = self
         scored = self._taken(state) > self._first_scored(ops.policy)
-        if not scored or ops.replays:
+        if not scored or _remembers(ops):
             phase = self._remembering(call, ops)
         if scored:
             out, scores = ops.attend(call, state)
@@ -142,7 +143,17 @@ class ExactPrompt:
         capacity = ops.layout.capacity
         # Compactions stay where they would be if the prompt had been streamed, until one merges.
         since = (state.seen - capacity) % ops.layout.staging if state.seen <= capacity else 0
-        return ops.compact(state._replace(since_compaction=since))
+        state = state._replace(since_compaction=since)
+        return self._fitted(state, ops.compact(state), ops)
+
+    def _fitted(self, before: State, left: State, ops: Operations) -> State:
+        """With a residual row for the victims of the compaction that ends the prompt, where the policy has one."""
+        if not ops.policy.fits or self.queries is None or left.departed in (0, before.departed):
+            return left
+        last = self.queries[:, :, -min(PIECE, self._taken(before)) :]
+        if last.shape[2] < FEWEST:
+            return left
+        return ops.fit(before, left, Call(last, self.scale, self.sinks))
 
     def _taken(self, state: State) -> int:
         return state.seen - self.before
@@ -158,7 +169,7 @@ class ExactPrompt:
     def _remembering(self, call: Call, ops: Operations) -> "ExactPrompt":
         """With the last queries, as many as score a prompt that ends here, or are replayed."""
         both = [call.queries] if self.queries is None else [self.queries, call.queries]
-        count = max(ops.policy.window or 0, PIECE if ops.replays else 0)
+        count = max(ops.policy.window or 0, PIECE if _remembers(ops) else 0)
         last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -count:])
         return replace(self, queries=last, scale=call.scale, sinks=call.sinks)
 
@@ -182,7 +193,7 @@ class ExactPrompt:
         if self.queries is None or window is None or scored == window:
             return state
         last = self.queries[:, :, -window:]
-        queries = last[:, :, : last.shape[2] - scored] if ops.replays else last[:, :, scored - window :]
+        queries = last[:, :, : last.shape[2] - scored] if _remembers(ops) else last[:, :, scored - window :]
         if not queries.shape[2]:
             return state
         then = state._replace(filled=state.filled - scored, scores=Scores.zeros_like(state.scores))
@@ -252,6 +263,11 @@ def begin(length: int, phase: Phase, state: State | None, ops: Operations) -> tu
         raise ValueError(f"prompt_length must be 1 token or more, not {length!r}")
     state = None if state is None else phase.finish(state, ops)
     return state, ExactPrompt(length, 0 if state is None else state.seen)
+
+
+def _remembers(ops: Operations) -> bool:
+    """Whether the last queries of a prompt are needed at its end, or at that of a piece, whatever scores it."""
+    return ops.replays or ops.policy.fits
 
 
 def _with_arrays(out: mx.array, state: State, phase: Phase) -> mx.array:

@@ -1,6 +1,7 @@
 """The caches that an exact prefill leaves, from what full caches computed of the prompt."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -59,7 +60,12 @@ def replayed(layer: Layer, policy: Policy, turn: mx.array) -> mx.array:
 def compressed(source: Source, layout: Layout) -> ZeroMergeCache:
     """The cache after the prompt, compacted once."""
     cache = ZeroMergeCache(layout, policy=source.policy, turn=source.turn)
-    state = ExactPrompt(source.layer.length).finish(_before(source, layout), cache.operations)
+    prompt = ExactPrompt(source.layer.length)
+    if source.policy.fits:
+        last = source.layer.last(PIECE)
+        queries = to_storage(last.queries, layout, 1)
+        prompt = replace(prompt, queries=queries, scale=last.scale, sinks=last.sinks)
+    state = prompt.finish(_before(source, layout), cache.operations)
     mx.eval(state.arrays())
     cache.layer = state
     return cache

@@ -22,7 +22,7 @@ from ..state.state import Call, Scores, State, Step
 from . import check
 from .kernels import attend, attend_chunk, compact, score
 from .kernels._common import serves
-from .plain import attention, compaction, decode, half, replaying, rereading, uncompressed
+from .plain import attention, compaction, decode, fitting, half, replaying, rereading, uncompressed
 
 ENVIRONMENT = "ZM_MLX_KERNELS"
 MODES = ("auto", "metal", "ops")
@@ -83,6 +83,10 @@ class Operations:
         """``replaying.replay``; the state as it is where the model's rotation is not known."""
         return state if self.turn is None else replaying.replay(call, state, self.layout, self.turn)
 
+    def fit(self, before: State, left: State, call: Call) -> State:
+        """``fitting.fit``."""
+        return fitting.fit(before, left, call, self.layout)
+
     def compact(self, state: State) -> State:
         """``compaction.compact`` by the policy's importance."""
         operation = compact.compact if self._on_metal("compact", state) else compaction.compact
@@ -98,7 +102,9 @@ class Operations:
             groups = min(8, call.queries.shape[1] // self.layout.heads)
             if call.queries.dtype != dtype:  # the kernels take one dtype for queries and rows
                 return False
-        behaviour = ("select", "merge") if name == "compact" else ("log_mass", "lift")
+        behaviour: tuple[str, ...] = ("log_mass", "lift")
+        if name == "compact":
+            behaviour = ("select",) if self.policy.fits else ("select", "merge")
         if any(getattr(type(self.policy), x) is not getattr(Policy, x) for x in behaviour):
             return False
         if name == "compact" and not compact.serves(state, self.layout, self.policy):

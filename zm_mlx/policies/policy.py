@@ -131,6 +131,12 @@ class Policy:
         return self.score == "replay"
 
     @property
+    def fits(self) -> bool:
+        """Whether a residual row is fitted to a prompt's victims at its end (``ops.plain.fitting``), instead of merging
+        at each compaction."""
+        return False
+
+    @property
     def window(self) -> int | None:
         """Queries at the end of an exact prefill that decide the scores; ``None`` is all of them.
 

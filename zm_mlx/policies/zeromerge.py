@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
+from ..state.rows import Dense
+from ..state.state import Merged
 from .policy import Policy, Score
 
 
@@ -13,9 +17,20 @@ class ZeroMerge(Policy):
     numbers, and what was tried besides.
     """
 
-    residual: int = 0
+    residual: int = 1
     proximity: float = 0.2
     kappa: float = 0.0
     pool: int = 1
     newest: int = 32
     score: Score = "replay"
+
+    @property
+    def fits(self) -> bool:
+        """Residual rows change at a prompt's end alone."""
+        return self.residual > 0
+
+    def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
+        """The residual rows as they are: victims are dropped, and at a prompt's end a row is fitted to them."""
+        return (
+            merged._replace(weight=mx.zeros_like(merged.weight), score=mx.zeros_like(merged.score)) if fresh else merged
+        )

@@ -53,7 +53,9 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
     leaving = state.leaving(layout)
     if leaving and layout.starts[-1]:
         plan = _selected(state, layout, policy, importance)
-        merged = merge(state, layout, plan.victims) if layout.residual and any(_pools(state, layout)) else None
+        merged = None
+        if layout.residual and any(_pools(state, layout)):
+            merged = _held(state, layout) if policy.fits else merge(state, layout, plan.victims)
         kept, scores = _copied(state, layout, plan.source, merged)
         if state.reads:
             state = state._replace(reading=state.reading._replace(kept=_moved(state.reading, plan.source)))
@@ -63,6 +65,17 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
             residuals=merged.residuals if merged else state.residuals,
         )
     return state.without_leaving(layout, leaving)
+
+
+def _held(state: State, layout: Layout) -> Merged:
+    """The residual rows as they are; empty where a head's first rows were raw tokens until now."""
+    parts = []
+    for group in layout.groups:
+        kept = state.kept.of(group).first(layout.residual)
+        parts.append(kept._replace(weight=kept.weight * (state.departed > group.rows)))
+    rows = Dense.joined([kept.rows for kept in parts], axis=1)
+    weight = mx.concatenate([kept.weight for kept in parts], axis=1)
+    return Merged(rows, weight, mx.zeros(weight.shape), state.residuals)
 
 
 def _selected(state: State, layout: Layout, policy: Policy, importance: Scores) -> Plan:
