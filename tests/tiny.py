@@ -188,8 +188,8 @@ def assert_equals_twin(cache: ZeroMergeCache, made: list[twin.Cache]) -> None:
 def state_of(cache: ZeroMergeCache, b: slice = slice(None)) -> list[np.ndarray]:
     """The filled part of all arrays of some sequences."""
     state = cache.layer
-    recent = [x[b, :, : state.filled] for x in (*state.recent, state.scores.recent)]
-    kept = (*state.kept.rows, *state.kept[1:], state.scores.kept, *state.residuals)
+    recent = [x[b, :, : state.filled] for x in (*state.recent, state.scores.recent, state.reading.recent)]
+    kept = (*state.kept.rows, *state.kept[1:], state.scores.kept, state.reading.kept, *state.residuals)
     return [f64(x) for x in (*recent, *(x[b] for x in kept))]
 
 
