@@ -274,16 +274,17 @@ def test_16_bit_rows_are_cut_in_any_way(short):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, residual=(0,)):
     heads = draw(st.integers(1, 3))
     staging = draw(st.integers(1, 6))
     policy = ZeroMerge(
+        residual=draw(st.sampled_from(residual)),
         staging=staging,
         proximity=draw(st.sampled_from([0.1, 0.2, 0.5])),
         decay=draw(st.sampled_from([0.9, 0.98, 1.0])),
         newest=draw(st.sampled_from([1, 4, 32])),
     )
-    rows = draw(st.integers(staging + 1, staging + 20))
+    rows = draw(st.integers(policy.smallest, policy.smallest + 20))
     if heads > 1 and draw(st.booleans()):
         rows = [rows + draw(st.integers(0, 30)) for _ in range(heads)]
     length = draw(st.integers(5, 70))
@@ -340,7 +341,7 @@ def test_every_row_is_a_token_in_its_place_after_every_call(case, exact):
 
 
 @few
-@given(cases(), st.booleans())
+@given(cases(residual=(0, 1)), st.booleans())
 def test_nothing_is_lost_up_to_the_budget(case, exact):
     with short_pieces():
         _, _, sizes, arrays = case
@@ -357,7 +358,7 @@ def test_nothing_is_lost_up_to_the_budget(case, exact):
 
 
 @few
-@given(cases(), st.lists(st.integers(2, 25), min_size=1, max_size=6), st.booleans())
+@given(cases(residual=(0, 1)), st.lists(st.integers(2, 25), min_size=1, max_size=6), st.booleans())
 def test_calls_of_more_than_one_token_may_be_cut_in_any_way(case, sizes, exact):
     with short_pieces():
         _, _, _, (q, k, v) = case
@@ -377,3 +378,21 @@ def test_calls_of_more_than_one_token_may_be_cut_in_any_way(case, sizes, exact):
 def test_the_default_of_a_model_is_this_policy():
     caches = zm_mlx.make_prompt_cache(tiny.model(), 64)
     assert all(isinstance(c, ZeroMergeCache) and c.policy == ZeroMerge() and c.operations.replays for c in caches)
+
+
+@few
+@given(cases(residual=(0, 1)))
+def test_a_sequence_does_not_depend_on_its_batch_nor_equal_rows_on_being_a_table(case):
+    with short_pieces():
+        policy, rows, sizes, arrays = case
+        together = made_of(case)
+        heads, length = arrays[1].shape[1:3]
+        for part in cut(sizes, length):
+            give(together, *(x[:, :, part] for x in arrays))
+        for b in range(arrays[0].shape[0]):
+            one = slice(b, b + 1)
+            table = rows if isinstance(rows, list) else [rows] * heads
+            alone = made_of((policy, table, sizes, arrays))
+            for part in cut(sizes, length):
+                give(alone, *(x[one, :, part] for x in arrays))
+            assert_same_state(alone, together, one)
