@@ -22,7 +22,7 @@ from zm_mlx.calibration.finding import Search
 from zm_mlx.calibration.fingerprint import fingerprint, lineage
 from zm_mlx.calibration.table import Table, TableError
 from zm_mlx.flags import DEFAULT_MODEL
-from zm_mlx.policies import PyramidKV
+from zm_mlx.policies import BY_NAME, PyramidKV
 
 SHARES = ((0.5, 1.5), (0.25, 1.75))
 SMALL_SHARES = ((0.5, 1.5), (0.25, 1.75), (1.0, 0.5), (0.5, 2.0))
@@ -324,3 +324,16 @@ def test_doctor_lists_tables_and_names_the_damaged_one(capsys, table, places):
     assert f"Rows per KV head, NOT USED: {places['package'] / 'b.json'}" in out
     told = json.loads(commands.run(doctor.main, capsys, "--json")[1])
     assert len(told["tables"]) == 2
+
+
+@pytest.mark.parametrize("name", ["paper", "h2o", "snapkv", "streaming_llm", "tova", "key_norm"])
+def test_published_methods_keep_uniform_rows_though_there_is_a_table(model, table, places, name):
+    table.write(places["user"] / f"{table.model}.json")
+    policy = BY_NAME[name]()
+    found = plan(model, policy=policy)
+    assert found.layouts == policy.layouts(400, [2, 2]) and "as the policy shares them out" in found.heads_reason
+
+
+def test_a_policy_that_cannot_follow_a_table_refuses_it(model, table):
+    with pytest.raises(TableError, match="TOVA keeps the same tokens in all heads"):
+        plan(model, policy=BY_NAME["tova"](), head_rows=table)

@@ -9,7 +9,8 @@ import mlx.nn as nn
 from ..budget import Request
 from ..calibration.finding import Found, Search, find
 from ..calibration.fingerprint import lineage
-from ..calibration.table import Table
+from ..calibration.table import Table, TableError
+from ..policies import Policy
 from ..state.layout import LayerShape, Layout
 
 Wanted = Table | Search | str | os.PathLike[str] | None  # "auto" searches, "none" is uniform, other text a file
@@ -25,14 +26,19 @@ class Sharing:
 
 
 def share_out(
-    model: nn.Module, wanted: Wanted, uniform: tuple[Layout, ...], shapes: Sequence[LayerShape], request: Request
+    model: nn.Module,
+    wanted: Wanted,
+    policy: Policy,
+    uniform: tuple[Layout, ...],
+    shapes: Sequence[LayerShape],
+    request: Request,
 ) -> Sharing:
     """Uniform layouts, or those that a table makes of them.
 
     A request that fits uniformly stays so: with a table its smallest heads would compress, and nothing has to be.
 
     Raises:
-        TableError: the table that is wanted is damaged or of another model.
+        TableError: the table that is wanted is damaged or of another model, or the policy cannot follow any.
     """
     if wanted is None or wanted == "none":
         return Sharing(uniform, "uniform rows per head, as asked")
@@ -45,11 +51,15 @@ def share_out(
     tokens = None if request.prompt_tokens is None else request.prompt_tokens + request.new_tokens
     if tokens is not None and tokens <= min(a.capacity for a in uniform):
         return Sharing(uniform, "uniform rows per head: prompt and new tokens fit")
-    if isinstance(search, Search) and len({m for a in uniform for m in a.context}) > 1:
+    if isinstance(search, Search) and not policy.shared:
         return Sharing(uniform, "rows per head as the policy shares them out")
     found = find(model, search, heads) if isinstance(search, Search) else Found(asked)
     if found.table is None:
         return Sharing(uniform, f"uniform rows per head: {found.reason}", found.complaints)
-    return Sharing(
-        found.table.layouts(uniform, shapes, tokens), f"rows per head by the {found.table.words}", found.complaints
-    )
+    layouts = found.table.layouts(uniform, shapes, tokens)
+    try:
+        for a in layouts:
+            policy.layout(a.rows, a.heads)
+    except ValueError as error:
+        raise TableError(str(error)) from error
+    return Sharing(layouts, f"rows per head by the {found.table.words}", found.complaints)

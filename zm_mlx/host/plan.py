@@ -104,7 +104,7 @@ def plan_cache(
     resolved = resolve(budget, shapes, policy, request)
     heads = Sharing(resolved.layouts, resolved.reason)
     if budget.kind != "table":
-        heads = share_out(model, wanted, resolved.layouts, shapes, request)
+        heads = share_out(model, wanted, policy, resolved.layouts, shapes, request)
     draft = Plan(
         layouts=heads.layouts,
         shapes=tuple(shapes),

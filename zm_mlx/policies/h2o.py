@@ -1,6 +1,7 @@
 """H2O (Zhang et al. 2023, arXiv 2306.14048): heavy hitters and the newest tokens."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .policy import Policy
 
@@ -19,3 +20,5 @@ class H2O(Policy):
     proximity: float = 0.5
     decay: float = 1.0
     pool: int = 1
+
+    shared: ClassVar[bool] = False

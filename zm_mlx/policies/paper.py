@@ -1,6 +1,7 @@
 """ZeroMerge as published (arXiv 2503.10714; v2 and v3 call it ZSMerge)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .policy import Policy
 
@@ -11,3 +12,5 @@ class Paper(Policy):
 
     kappa: float = 0.0
     pool: int = 1
+
+    shared: ClassVar[bool] = False

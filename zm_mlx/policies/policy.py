@@ -52,6 +52,7 @@ class Policy:
     score: Score = "attention"
 
     needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
+    shared: ClassVar[bool] = True  # whether the model's table, where there is one, shares its rows out among heads
 
     def __post_init__(self) -> None:
         for name in ("residual", "pool", "newest", "staging"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -27,6 +28,8 @@ class StreamingLLM(Policy):
     decay: float = 1.0
     pool: int = 1
     sinks: int = 4
+
+    shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

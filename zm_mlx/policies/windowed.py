@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..state.layout import Layout
 from .policy import Policy
@@ -22,6 +23,8 @@ class Windowed(Policy):
     decay: float = 1.0
     pool: int = 1
     newest: int = 1
+
+    shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
