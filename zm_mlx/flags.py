@@ -13,7 +13,8 @@ from .calibration.finding import BESIDE, Search
 from .calibration.table import Table, TableError
 from .engine import LIMITS
 from .errors import UserError
-from .policies import Policy
+from .phases import PIECE
+from .policies import DEFAULT, OFFERED, named
 from .policies.policy import SCORES
 from .prompts import RESERVED, encodable
 from .sampling import RANGES, Range, Sampling
@@ -79,18 +80,29 @@ def add_budget(group: Any, auto: str) -> None:
         "--prefill",
         choices=["auto", "exact", "streaming"],
         default="auto",
-        help="exact holds the whole prompt and compresses it once, streaming never exceeds the budget; "
+        help="exact holds the whole prompt and compresses it once, streaming never holds more than the budget and "
+        f"{PIECE} tokens of the prompt; "
         "auto is exact where the prompt fits into memory (default)",
     )
 
 
-def add_score(group: Any) -> None:
+def add_policy(group: Any) -> None:
+    """``--policy`` and ``--score``."""
+    group.add_argument(
+        "--policy",
+        choices=OFFERED,
+        default=None,
+        metavar="NAME",
+        help=f"The method that decides which tokens stay: {', '.join(OFFERED)} (default: {DEFAULT})",
+    )
     group.add_argument(
         "--score",
         choices=SCORES,
         default=None,
-        help="What keeps a token: the attention it gets (attention), or that and a second reading of the prompt, for "
-        f"questions that are not known yet and at twice the prefill time (reread); {Policy().score} is the default",
+        help="What keeps a token: the attention it gets (attention), or that and what the prompt's own queries give it "
+        "when they are asked again behind it, which costs about nothing (replay), or what a second reading of the "
+        f"prompt gives it, at twice the prefill time (reread); without it the policy's own, of {DEFAULT} "
+        f"{named(DEFAULT).score}",
     )
 
 
@@ -126,6 +138,11 @@ def check(args: argparse.Namespace) -> None:
         budget(args.kv_budget)
     if "head_rows" in given:
         head_rows(args.head_rows)
+    if "score" in given:
+        try:
+            named(given.get("policy", DEFAULT), args.score)
+        except ValueError as error:
+            raise UserError(f"--score {args.score} does not go with --policy {args.policy}: {error}") from error
 
 
 def budget(text: str) -> Budget:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from .host.caches import CacheSet
 from .host.plan import Plan
 from .phases import PIECE
+from .policies import Policy, name_of
 from .state.layout import Layout
 
 
@@ -102,8 +103,12 @@ def span(numbers: Sequence[int]) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """The effective budget of each run of layers that are alike but for single heads, and how the prompt is taken."""
+def plan_lines(plan: Plan, unmoved: int = 0) -> list[str]:
+    """The effective budget of each run of layers that are alike but for single heads, and how the prompt is taken.
+
+    Args:
+        unmoved: layers whose queries cannot be replayed.
+    """
     lines = []
     begin = 0
     kinds = [(replace(a, context=()), a.heads, s) for a, s in zip(plan.layouts, plan.shapes, strict=True)]
@@ -119,13 +124,22 @@ def plan_lines(plan: Plan) -> list[str]:
     lines.append(f"Budget: {plan.heads_reason}")
     lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
     lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
-    if plan.policy.score == "reread":
+    lines.append(f"Policy: {name_of(plan.policy)}")
+    if type(plan.policy).importance is Policy.importance:
+        lines.append(f"Score: {_score(plan, unmoved)}")
+    return lines
+
+
+def _score(plan: Plan, unmoved: int) -> str:
+    """What importance is, in words."""
+    score = plan.policy.score
+    if score == "reread":
         fits = plan.prompt_length is not None and plan.prompt_length <= plan.capacity
         how = "the prompt fits and is read once" if fits else f"pieces of up to {PIECE} tokens are read twice"
-        lines.append(f"Score: reread ({how})")
-    else:
-        lines.append(f"Score: {plan.policy.score}")
-    return lines
+        return f"{score} ({how})"
+    if unmoved:
+        return f"{score} (attention alone in {unmoved} of {len(plan.layouts)} layers, whose rotation is not known)"
+    return score
 
 
 def run_lines(run: Run) -> list[str]:

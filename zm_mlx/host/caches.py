@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 from ..budget import Budget
 from ..calibration.table import TableError
 from ..errors import UnsupportedModelError, UserError
-from ..policies import Policy
+from ..policies import DEFAULT, Policy, name_of, named
 from ..policies.policy import Score
 from .cache import ZeroMergeCache
 from .heads import Wanted
@@ -27,12 +27,25 @@ Taking = Literal["auto", "exact", "streaming"]
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of the caches: a budget, how the prompt is taken, a table, a score (``None`` for the default)."""
+    """What is asked of the caches: a budget, how the prompt is taken, a table, and by which policy tokens stay.
+
+    ``None`` is the default; of ``score`` the policy's own.
+    """
 
     budget: str | None = None
     prefill: Taking = "auto"
     head_rows: Wanted = "auto"
     score: Score | None = None
+    policy: str | None = None
+
+    @property
+    def method(self) -> Policy:
+        """The policy.
+
+        Raises:
+            ValueError: it takes no score.
+        """
+        return named(self.policy or DEFAULT, self.score)
 
 
 @dataclass
@@ -52,6 +65,11 @@ class CacheSet:
     def complaints(self) -> tuple[str, ...]:
         """Tables of rows per head that were found and do not work."""
         return () if self.plan is None else self.plan.complaints
+
+    @property
+    def unmoved(self) -> int:
+        """Layers whose queries cannot be replayed though the policy would: their rotation is not known."""
+        return sum(c.policy.replays and not c.operations.replays for c in zero_merge(self.every))
 
     @property
     def seen(self) -> int | None:
@@ -102,7 +120,7 @@ def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int, max_toke
             prefill=wish.prefill,
             max_tokens=max_tokens if max_tokens > 0 else unlimited,
             head_rows=wish.head_rows if kind == "zeromerge" else None,
-            policy=None if wish.score is None else Policy(score=wish.score),
+            policy=wish.method,
         )
     except UnsupportedModelError:
         if kind != "full":
@@ -163,12 +181,15 @@ def continued(model: nn.Module, file: str, wish: Wish, prompt_tokens: int) -> Ca
             f"--kv-budget {wish.budget} differs from the budget that --prompt-cache-file {file} was saved with "
             f"({rows} rows per head): leave --kv-budget out"
         )
-    scores = {c.policy.score for c in own}
-    if wish.score is not None and scores != {wish.score}:
-        raise UserError(
-            f"--score {wish.score} differs from the score that --prompt-cache-file {file} was saved with "
-            f"({', '.join(scores)}): leave --score out"
-        )
+    for name, asked, found in (
+        ("policy", wish.policy, {name_of(c.policy) for c in own}),
+        ("score", wish.score, {c.policy.score for c in own}),
+    ):
+        if asked is not None and found != {asked}:
+            raise UserError(
+                f"--{name} {asked} differs from the {name} that --prompt-cache-file {file} was saved with "
+                f"({', '.join(found)}): leave --{name} out"
+            )
     if wish.prefill == "exact":
         for cache in own:
             try:
