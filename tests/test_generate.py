@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from commands import document
+from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 import zm_mlx
@@ -21,6 +22,8 @@ from zm_mlx.errors import UserError
 from zm_mlx.generate import DEFAULT_MODEL, main, mlx_lm_generate
 from zm_mlx.host import caches
 from zm_mlx.host.caches import Wish
+from zm_mlx.host.plan import plan_cache
+from zm_mlx.loading import WIDENED, widen
 from zm_mlx.report import first_difference
 
 TEXT = (Path(__file__).parent.parent / "zm_mlx" / "state" / "layout.py").read_text()
@@ -70,9 +73,82 @@ def test_compare_shows_both_texts_sizes_and_the_first_difference(capsys, prompt_
     code, out, _ = run(capsys, "--prompt-file", prompt_file, "--kv-budget", "1.0", "-m", "1", "--compare", "--json")
     told = document(out)
     assert code == 0
-    assert "--- full cache" in out and "--- zeromerge" in out and "prefill tokens/s" in out
-    assert "The texts are the same (1 tokens)." in out
+    assert "--- full cache" in out and "--- zeromerge" in out and "--- rotating" not in out
+    assert "zeromerge: the text of full (1 tokens)." in out
     assert told["full"]["text"] == told["text"]
+    assert told["first_difference"] == {"from": "full", "zeromerge": None}
+
+
+def test_several_caches_are_compared_in_one_table_with_the_full_one_first(capsys):
+    prompt = f"The code for Titan is 40713.\n{TEXT[:1200]}\nThe code for Titan is"
+    argv = ["--prompt", prompt, "--kv-budget", "0.4", "-m", "6", "--json", "--compare", "rotating", "full"]
+    code, out, _ = run(capsys, *argv)
+    told = document(out)
+    texts = {"full": told["full"]["text"], "rotating": told["rotating"]["text"], "zeromerge": told["text"]}
+    lines = out.splitlines()
+    (head,) = (i for i, line in enumerate(lines) if line.startswith("cache "))
+    assert code == 0
+    assert [line for line in lines if line.startswith("---")] == [
+        "--- full cache",
+        "--- rotating cache",
+        "--- zeromerge",
+    ]
+    for (name, text), line in zip(texts.items(), lines[head + 1 : head + 4], strict=True):
+        assert line.startswith(name) and line.endswith(f"  {text!r}")
+    assert "40713" in texts["full"] and "40713" in texts["zeromerge"]
+    at = told["first_difference"].pop("rotating")
+    assert told["first_difference"] == {"from": "full", "zeromerge": None}
+    assert any(line.startswith(f"rotating: first differs from full at token {at}: ") for line in lines)
+    assert "zeromerge: the text of full (6 tokens)." in lines
+    assert told["rotating"]["kv_bytes"] < told["kv_bytes"] < told["full"]["kv_bytes"]
+    assert told["rotating"]["cache"] == "rotating" and told["cache"] == "zeromerge"
+
+
+def test_without_the_full_cache_the_other_one_is_the_measure(capsys, prompt_file):
+    argv = ["--prompt-file", prompt_file, "--kv-budget", "64", "-m", "2", "--compare", "rotating", "--json"]
+    told = document(run(capsys, *argv)[1])
+    assert "full" not in told and set(told["first_difference"]) == {"from", "zeromerge"}
+    assert told["first_difference"]["from"] == "rotating"
+
+
+@pytest.mark.parametrize("table", [None, [[20, 40], [60, 80]]])
+def test_a_rotating_cache_beside_has_as_many_rows_per_head(table):
+    model = tiny.model(2)
+    plan = plan_cache(model, None if table else 50, head_rows=table)
+    beside = caches.beside(model, "rotating", plan)
+    assert [c.max_size for c in beside.every] == [50, 50]
+
+
+def test_a_comparison_ends_with_an_interrupted_run(capsys, prompt_file, monkeypatch):
+    monkeypatch.setattr(generate, "prefill_bar", lambda *_: Interrupting(64))
+    argv = ["--prompt-file", prompt_file, "--prefill-step-size", "64", "--compare", "full", "rotating", "--json"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 130 and document(out)["cache"] == "full" and "--- rotating" not in out
+
+
+def test_a_named_model_is_computed_as_it_is_stored(capsys, tmp_path):
+    (tmp_path / "model").symlink_to(DEFAULT_MODEL)
+    argv = ["--prompt", "import os", "-m", "1", "--cache", "full", "--json"]
+    _, out, _ = run(capsys, *argv, "--model", str(tmp_path / "model"))
+    assert "float32" not in out
+    _, wide, _ = run(capsys, *argv)
+    if mx.default_device() == mx.cpu:
+        assert WIDENED in wide and document(wide)["kv_bytes"] == 2 * document(out)["kv_bytes"]
+    else:
+        assert document(wide)["kv_bytes"] == document(out)["kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("device", "itemsize", "wide"),
+    [(mx.cpu, None, True), (mx.gpu, None, False), (mx.cpu, 2, False), (mx.gpu, 4, True)],
+)
+def test_rows_of_a_saved_prompt_decide_before_the_machine(monkeypatch, device, itemsize, wide):
+    model = tiny.model(1)
+    model.set_dtype(mx.float16)
+    monkeypatch.setattr("zm_mlx.loading.mx.default_device", lambda: mx.Device(device))
+    assert widen(model, itemsize) is wide
+    dtypes = {x.dtype for _, x in tree_flatten(model.parameters())}
+    assert dtypes == {mx.float32 if wide else mx.float16}
 
 
 def test_first_difference_counts_a_text_that_ends_early():
@@ -157,6 +233,8 @@ def test_a_long_prompt_brings_no_other_words_about_its_length(tmp_path):
         (["--system-prompt", "x"], "--system-prompt needs a chat template"),
         (["--prompt-cache-file", "no.safetensors"], "--prompt-cache-file: no prompt cache file at no.safetensors"),
         (["--compare", "--cache", "full"], "--compare"),
+        (["--compare", "full", "full"], "--compare full full: name each cache once"),
+        (["--compare", "zeromerge"], "--compare: invalid choice: 'zeromerge'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -278,9 +356,11 @@ def test_a_full_cache_is_not_compared_with_itself(capsys):
 
 
 @pytest.mark.parametrize("cache", ["zeromerge", "full"])
-def test_the_same_seed_gives_the_text_of_mlx_lm(capsys, monkeypatch, cache):
+def test_the_same_seed_gives_the_text_of_mlx_lm(capsys, monkeypatch, tmp_path, cache):
+    (tmp_path / "model").symlink_to(DEFAULT_MODEL)  # a name of its own: unnamed, it is float32 on a CPU
     argv = ["--prompt", "import os", "--temp", "1", "--seed", "7", "-m", "12", "--verbose", "False"]
-    monkeypatch.setattr(sys, "argv", ["generate", "--model", DEFAULT_MODEL, *argv])
+    argv += ["--model", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["generate", *argv])
     mlx_lm_generate.main()
     theirs = capsys.readouterr().out
     _, ours, _ = run(capsys, *argv, "--cache", cache)
@@ -296,7 +376,6 @@ def test_both_runs_of_a_comparison_draw_the_same_numbers(capsys):
 
 def adapter(folder, rank):
     """A LoRA adapter for two layers of the small model that changes what it says."""
-    from mlx.utils import tree_flatten
     from mlx_lm import load
     from mlx_lm.tuner.utils import linear_to_lora_layers
 

@@ -24,7 +24,7 @@ from .host.caches import CacheSet, Wish
 from .host.plan import context_of
 from .host.saved import save_prompt_cache
 from .interrupts import INTERRUPTED
-from .loading import Source, folder_of, load_model, load_vocabulary
+from .loading import WIDENED, Source, folder_of, load_model, load_vocabulary, widen
 from .report import plan_lines, size
 from .terminal import complain, guarded, prefill_bar, say, warn
 
@@ -42,7 +42,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
-    flags.add_policy(own)
+    flags.add_score(own)
     return parser
 
 
@@ -71,16 +71,20 @@ def _cache_prompt(argv: list[str] | None) -> int:
         load_vocabulary(replace(source, tokenizer_config={})).require("--eos-token", args.eos_token)
     tokenizer = load_vocabulary(source).tokenizer
     tokens = prompts.encode_open(tokenizer, text)
-    engine = Engine(load_model(source), tokenizer, source.name)
+    model = load_model(source)
+    wide = source.name == DEFAULT_MODEL and widen(model)
+    engine = Engine(model, tokenizer, source.name)
 
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy)
+    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score)
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:
         warn(f"{len(tokens)} tokens are more than the {context} that the model was trained on")
+    if wide:
+        say(WIDENED)
     if cache_set.plan is not None:
-        say("\n".join(plan_lines(cache_set.plan, cache_set.unmoved)))
+        say("\n".join(plan_lines(cache_set.plan)))
     for complaint in cache_set.complaints:
         warn(complaint)
     try:

@@ -6,6 +6,8 @@ The flags of ``mlx_lm.generate`` keep their names and meaning; those of this pac
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -20,14 +22,23 @@ from .host.model_caches import zero_merge
 from .host.plan import context_of
 from .host.saved import read
 from .interrupts import INTERRUPTED
-from .loading import Source, folder_of, load_model, load_vocabulary, saved_source
-from .policies import name_of
-from .report import Run, comparison, plan_lines, run_lines
+from .loading import WIDENED, Source, folder_of, load_model, load_vocabulary, saved_source, widen
+from .report import Run, comparison, differences, plan_lines, run_lines
 from .terminal import guarded, prefill_bar, say, warn
 
 __all__ = ["DEFAULT_MODEL", "INTERRUPTED", "ROTATING_KEEP", "main", "mlx_lm_generate", "setup_arg_parser"]
 
 DEFAULT_PROMPT = "hello"
+COMPARED = ("full", "rotating")  # in this order: what the others are measured by comes first
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a saved prompt says before there is a model: its tokens, its metadata, bytes of a number in its rows."""
+
+    tokens: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+    itemsize: int | None = None
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -38,14 +49,21 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, "what the request needs and memory allows")
     flags.add_head_rows(own)
-    flags.add_policy(own)
+    flags.add_score(own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
         default="zeromerge",
         help="The KV cache: this package's (default), mlx-lm's full one, or its rotating one with the same rows",
     )
-    own.add_argument("--compare", action="store_true", help="Run the prompt with the full cache too and compare")
+    own.add_argument(
+        "--compare",
+        nargs="*",
+        choices=COMPARED,
+        metavar="CACHE",
+        help="Run the prompt with mlx-lm's caches too and compare: full (default), rotating (with as many rows per "
+        "head), or both",
+    )
     own.add_argument("--json", action="store_true", help="Print the closing statistics as JSON on the last line")
     return parser
 
@@ -60,32 +78,35 @@ def _generate(argv: list[str] | None) -> int:
     flags.check(args)
     _check(args)
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
-    engine, tokens, saved_tokens = _load(args, settings)
-    _warn_of_context(context_of(engine.model), saved_tokens + len(tokens), settings.max_tokens)
+    engine, tokens, saved = _load(args, settings)
+    wide = engine.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
+    _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score, args.policy)
+    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score)
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
         cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
+    if args.verbose and wide:
+        say(WIDENED)
     if args.verbose and cache_set.plan is not None and cache_set.kind == "zeromerge":
-        say("\n".join(plan_lines(cache_set.plan, cache_set.unmoved)))
+        say("\n".join(plan_lines(cache_set.plan)))
     for complaint in cache_set.complaints:
         warn(complaint)
-    runs = (_compare if args.compare else _once)(engine, tokens, cache_set, settings, args.verbose)
+    runs = _runs(engine, tokens, cache_set, settings, args.verbose, _beside(args.compare))
     if args.verbose:
         say("=" * 10)
         say("\n".join(run_lines(runs[-1])))
-        if len(runs) == 2:
-            say("\n".join(comparison(runs[0], runs[1], engine.tokenizer.decode)))
+        if len(runs) > 1:
+            say("\n".join(comparison(runs, engine.tokenizer.decode)))
     if args.json:
-        say(json.dumps(_document(engine.name, runs, cache_set, args.compare)))
+        say(json.dumps(_document(engine.name, runs, cache_set)))
     return INTERRUPTED if runs[-1].finish_reason == "interrupted" else 0
 
 
-def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[int], int]:
-    """The model, the prompt's tokens and the tokens that a saved prompt holds; what is wrong shows before the weights.
+def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[int], Saved]:
+    """The model, the prompt's tokens and what a saved prompt says of itself; what is wrong shows before the weights.
 
     Args:
         args: checked.
@@ -94,34 +115,40 @@ def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[in
     options = flags.template_options(args.chat_template_config)
     chat = prompts.Chat(args.system_prompt, args.prefill_response, options, args.ignore_chat_template)
     text = _prompt(args.prompt, args.prompt_file)
-    saved_tokens, metadata = _saved(args.prompt_cache_file)
-    source = _source(args, metadata)
+    saved = _saved(args.prompt_cache_file)
+    source = _source(args, saved.metadata)
     vocabulary = load_vocabulary(source)
     flags.check_vocabulary(settings.sampling, vocabulary.size)
     for token in args.extra_eos_token:
         vocabulary.add_eos(token)
     if args.use_default_chat_template and not vocabulary.tokenizer.has_chat_template:
         raise UserError("--use-default-chat-template: this model's tokenizer has no chat template")
-    tokens = (prompts.encode_rest if saved_tokens else prompts.encode)(vocabulary.tokenizer, text, chat)
+    tokens = (prompts.encode_rest if saved.tokens else prompts.encode)(vocabulary.tokenizer, text, chat)
     if settings.sampling.seed is not None:
         mx.random.seed(settings.sampling.seed)
-    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, saved_tokens
+    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, saved
 
 
-def _once(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
-    return [_run(engine, tokens, cache_set, settings, verbose)]
+def _beside(asked: list[str] | None) -> list[str]:
+    """The caches that ``--compare`` names, or the full one where it names none."""
+    return [] if asked is None else [name for name in COMPARED if name in (asked or ["full"])]
 
 
-def _compare(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> list[Run]:
-    """A run with the full cache and, unless it was interrupted, one with ``cache_set``; both draw the same numbers."""
+def _runs(
+    engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool, beside: Sequence[str]
+) -> list[Run]:
+    """A run with each of the caches ``beside``, then one with ``cache_set``; all draw alike. An interrupt ends them."""
     state = random_state()
-    _heading("full cache", verbose)
-    first = _run(engine, tokens, caches.full(engine.model, cache_set.plan), settings, verbose)
-    if first.finish_reason == "interrupted":
-        return [first]
-    _heading("zeromerge", verbose)
-    mx.random.seed(state)
-    return [first, _run(engine, tokens, cache_set, settings, verbose)]
+    runs: list[Run] = []
+    for name in [*beside, cache_set.kind]:
+        if beside:
+            _heading(name, verbose)
+            mx.random.seed(state)
+        made = cache_set if name == cache_set.kind else caches.beside(engine.model, name, cache_set.plan)
+        runs.append(_run(engine, tokens, made, settings, verbose))
+        if runs[-1].finish_reason == "interrupted":
+            break
+    return runs
 
 
 def _run(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> Run:
@@ -155,18 +182,18 @@ def _run(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Setti
 def _check(args: argparse.Namespace) -> None:
     """Flags that do not go together."""
     saved = args.prompt_cache_file is not None
-    if args.compare and (args.cache != "zeromerge" or saved):
-        raise UserError("--compare sets the full cache beside --cache zeromerge, without --prompt-cache-file")
+    if args.compare is not None and (args.cache != "zeromerge" or saved):
+        raise UserError("--compare sets mlx-lm's caches beside --cache zeromerge, without --prompt-cache-file")
+    if args.compare is not None and len(set(args.compare)) < len(args.compare):
+        raise UserError(f"--compare {' '.join(args.compare)}: name each cache once")
     if saved and args.cache != "zeromerge":
         raise UserError(f"--prompt-cache-file continues a ZeroMerge cache, so --cache {args.cache} does not go with it")
     if args.prefill == "exact" and args.prefill_step_size == 1:
         raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.head_rows is not None:
         raise UserError("--head-rows does not go with --prompt-cache-file: the saved prompt keeps its rows")
-    for name in ("policy", "score"):
-        value = getattr(args, name)
-        if value is not None and args.cache != "zeromerge":
-            raise UserError(f"--{name} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it")
+    if args.score == "reread" and args.cache != "zeromerge":
+        raise UserError(f"--score reread is of --cache zeromerge, so --cache {args.cache} does not go with it")
     if args.score == "reread" and args.prefill_step_size == 1:
         raise UserError("--score reread needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:
@@ -181,15 +208,16 @@ def _prompt(text: str | None, file: str | None) -> str:
     return prompts.read(None if text is None else text.replace("\\n", "\n").replace("\\t", "\t"), file)
 
 
-def _saved(file: str | None) -> tuple[int, dict[str, Any]]:
-    """Tokens in a saved prompt, and its metadata."""
+def _saved(file: str | None) -> Saved:
     if file is None:
-        return 0, {}
+        return Saved()
     try:
         found, metadata = read(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--prompt-cache-file: {error}") from error
-    return max((int(c.offset) for c in zero_merge(found)), default=0), metadata
+    own = list(zero_merge(found))
+    itemsize = next((c.shape.itemsize for c in own if c.shape is not None), None)
+    return Saved(max((int(c.offset) for c in own), default=0), metadata, itemsize)
 
 
 def _source(args: argparse.Namespace, metadata: dict[str, Any]) -> Source:
@@ -218,7 +246,7 @@ def _warn_of_context(context: int | None, prompt: int, max_tokens: int) -> None:
         )
 
 
-def _document(model: str, runs: list[Run], cache_set: CacheSet, compare: bool) -> dict[str, Any]:
+def _document(model: str, runs: list[Run], cache_set: CacheSet) -> dict[str, Any]:
     document = {"model": model, **runs[-1].as_dict()}
     if cache_set.plan is not None and cache_set.kind == "zeromerge":
         document["budget"] = {
@@ -227,15 +255,16 @@ def _document(model: str, runs: list[Run], cache_set: CacheSet, compare: bool) -
             "reason": cache_set.plan.budget_reason,
             "head_rows": cache_set.plan.heads_reason,
         }
-        document["policy"] = name_of(cache_set.plan.policy)
         document["score"] = cache_set.plan.policy.score
         document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}
-    if compare:
-        document["full"] = runs[0].as_dict()
+    if len(runs) > 1:
+        document |= {run.cache: run.as_dict() for run in runs[:-1]}
+        document["first_difference"] = {"from": runs[0].cache, **differences(runs)}
     return document
 
 
-def _heading(title: str, verbose: bool) -> None:
+def _heading(name: str, verbose: bool) -> None:
+    title = name if name == "zeromerge" else f"{name} cache"
     say(f"--- {title}" if verbose else f"{title}:")
 
 

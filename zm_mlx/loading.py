@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx_lm import utils
 
 from .errors import UserError
 
+WIDENED = "Model: the small model, in float32 (16-bit numbers are slow on a CPU)"
 NO_LIMIT = 10**30  # tokens; what transformers itself takes for "no limit"
 VOCABULARY = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja"]
 
@@ -100,6 +102,22 @@ def load_model(source: Source) -> nn.Module:
             ) from error
         model.eval()
     return model
+
+
+def widen(model: nn.Module, itemsize: int | None = None) -> bool:
+    """Let a small model compute in float32 on a CPU, where MLX's products of 16-bit numbers take many times as long.
+
+    Args:
+        model: as loaded; its weights take twice the memory afterwards.
+        itemsize: bytes a number in the rows of a saved prompt, which then decide instead of the machine.
+
+    Returns:
+        Whether it computes in float32 now.
+    """
+    wide = mx.default_device() == mx.cpu if itemsize is None else itemsize == mx.float32.size
+    if wide:
+        model.set_dtype(mx.float32)
+    return wide
 
 
 def folder_of(name: str) -> Path | None:

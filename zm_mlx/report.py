@@ -13,6 +13,8 @@ from .phases import PIECE
 from .policies import Policy, name_of
 from .state.layout import Layout
 
+SHOWN = 32  # characters of a text in a table
+
 
 @dataclass
 class Run:
@@ -158,23 +160,28 @@ def run_lines(run: Run) -> list[str]:
     return lines
 
 
-def comparison(full: Run, ours: Run, decode: Any) -> list[str]:
-    """Two runs of one prompt side by side, and where their texts first differ."""
-    rows = [
-        ("KV cache", size, full.kv_bytes, ours.kv_bytes),
-        ("prefill tokens/s", _rate, full.prompt_tps, ours.prompt_tps),
-        ("decode tokens/s", _rate, full.generation_tps, ours.generation_tps),
-        ("peak memory", size, full.peak_memory, ours.peak_memory),
-    ]
-    lines = [f"{'':<18}{'full':>14}{'zeromerge':>14}{'ratio':>8}"]
-    lines += [f"{name:<18}{show(a):>14}{show(b):>14}{_ratio(b, a):>8}" for name, show, a, b in rows]
-    at = first_difference(full.tokens, ours.tokens)
-    if at is None:
-        lines.append(f"The texts are the same ({len(ours.tokens)} tokens).")
-    else:
-        one, other = (decode(r.tokens[at : at + 1]) if at < len(r.tokens) else "(end)" for r in (full, ours))
-        lines.append(f"The texts first differ at token {at + 1}: {one!r} against {other!r}.")
+def comparison(runs: Sequence[Run], decode: Any) -> list[str]:
+    """Runs of one prompt one below the other, and where the others' texts first differ from the first one's."""
+    first = runs[0]
+    lines = [f"{'cache':<11}{'KV cache':>18}{'prefill tokens/s':>18}{'decode tokens/s':>17}{'peak memory':>13}  text"]
+    for run in runs:
+        kv = f"{size(run.kv_bytes)}{_ratio(run.kv_bytes, first.kv_bytes):>8}"
+        text = run.text if len(run.text) <= SHOWN else run.text[:SHOWN] + "…"
+        speeds = f"{run.prompt_tps:>18.1f}{run.generation_tps:>17.1f}"
+        lines.append(f"{run.cache:<11}{kv:>18}{speeds}{size(run.peak_memory):>13}  {text!r}")
+    for run, at in zip(runs[1:], differences(runs).values(), strict=True):
+        if at is None:
+            lines.append(f"{run.cache}: the text of {first.cache} ({len(run.tokens)} tokens).")
+            continue
+        theirs, its = (decode(r.tokens[at - 1 : at]) if at <= len(r.tokens) else "(end)" for r in (first, run))
+        lines.append(f"{run.cache}: first differs from {first.cache} at token {at}: {its!r}, not {theirs!r}.")
     return lines
+
+
+def differences(runs: Sequence[Run]) -> dict[str, int | None]:
+    """At which token, from 1, the text of each run but the first differs from that one's; ``None``: nowhere."""
+    found = {run.cache: first_difference(runs[0].tokens, run.tokens) for run in runs[1:]}
+    return {name: None if at is None else at + 1 for name, at in found.items()}
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -191,10 +198,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def _rate(value: float) -> str:
-    return f"{value:.1f}"
 
 
 def _ratio(a: float, b: float) -> str:

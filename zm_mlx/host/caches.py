@@ -152,6 +152,17 @@ def rotating(model: nn.Module, rows: Sequence[int], plan: Plan | None = None) ->
     return _instead("rotating", model, lambda i: RotatingKVCache(rows[i], keep=ROTATING_KEEP), plan)
 
 
+def beside(model: nn.Module, name: str, plan: Plan | None) -> CacheSet:
+    """mlx-lm's ``full`` or ``rotating`` cache to compare a plan's with; the latter has the plan's rows per head.
+
+    Where heads differ, each gets the average: a rotating cache has as many rows in all of them.
+    """
+    if name == "full" or plan is None:
+        return full(model, plan)
+    rows = [n for layout in plan.layouts for n in layout.rows]
+    return rotating(model, [sum(rows) // len(rows)] * len(plan.layouts), plan)
+
+
 def quantized(model: nn.Module, bits: int, groups: Sequence[int]) -> CacheSet:
     """mlx-lm's caches of quantised numbers, as many of which share a scale as ``groups`` says of each layer."""
     return _instead("quantized", model, lambda i: QuantizedKVCache(groups[i], bits))
