@@ -42,7 +42,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
-    flags.add_score(own)
+    flags.add_policy(own)
     return parser
 
 
@@ -76,7 +76,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
     engine = Engine(model, tokenizer, source.name)
 
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score)
+    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy)
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:
@@ -84,7 +84,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
     if wide:
         say(WIDENED)
     if cache_set.plan is not None:
-        say("\n".join(plan_lines(cache_set.plan)))
+        say("\n".join(plan_lines(cache_set.plan, cache_set.unmoved)))
     for complaint in cache_set.complaints:
         warn(complaint)
     try:

@@ -23,6 +23,7 @@ from .host.plan import context_of
 from .host.saved import read
 from .interrupts import INTERRUPTED
 from .loading import WIDENED, Source, folder_of, load_model, load_vocabulary, saved_source, widen
+from .policies import name_of
 from .report import Run, comparison, differences, plan_lines, run_lines
 from .terminal import guarded, prefill_bar, say, warn
 
@@ -49,7 +50,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_prompt_file(own)
     flags.add_budget(own, "what the request needs and memory allows")
     flags.add_head_rows(own)
-    flags.add_score(own)
+    flags.add_policy(own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -83,7 +84,7 @@ def _generate(argv: list[str] | None) -> int:
     _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score)
+    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score, args.policy)
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
@@ -91,7 +92,7 @@ def _generate(argv: list[str] | None) -> int:
     if args.verbose and wide:
         say(WIDENED)
     if args.verbose and cache_set.plan is not None and cache_set.kind == "zeromerge":
-        say("\n".join(plan_lines(cache_set.plan)))
+        say("\n".join(plan_lines(cache_set.plan, cache_set.unmoved)))
     for complaint in cache_set.complaints:
         warn(complaint)
     runs = _runs(engine, tokens, cache_set, settings, args.verbose, _beside(args.compare))
@@ -192,8 +193,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.head_rows is not None:
         raise UserError("--head-rows does not go with --prompt-cache-file: the saved prompt keeps its rows")
-    if args.score == "reread" and args.cache != "zeromerge":
-        raise UserError(f"--score reread is of --cache zeromerge, so --cache {args.cache} does not go with it")
+    for name in ("policy", "score"):
+        value = getattr(args, name)
+        if value is not None and args.cache != "zeromerge":
+            raise UserError(f"--{name} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it")
     if args.score == "reread" and args.prefill_step_size == 1:
         raise UserError("--score reread needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:
@@ -255,6 +258,7 @@ def _document(model: str, runs: list[Run], cache_set: CacheSet) -> dict[str, Any
             "reason": cache_set.plan.budget_reason,
             "head_rows": cache_set.plan.heads_reason,
         }
+        document["policy"] = name_of(cache_set.plan.policy)
         document["score"] = cache_set.plan.policy.score
         document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}
     if len(runs) > 1:
