@@ -22,7 +22,7 @@ class Asking:
     Args:
         prompted: the prompt, or its first part.
         questions: asked one by one.
-        later: tokens that the caches take after ``prompted`` and before the questions, in calls as they are given.
+        later: tokens that the caches take under their cap, after ``prompted`` and before the questions.
         share: of ``prompted`` in all that is there before the questions; budgets are shares of all that.
     """
 
@@ -31,7 +31,7 @@ class Asking:
         subject: Subject,
         prompted: Prompted,
         questions: Sequence[Question],
-        later: Sequence[Sequence[int]] = (),
+        later: Sequence[int] = (),
         share: float = 1.0,
     ) -> None:
         self.subject, self.prompted, self.questions = subject, prompted, questions
@@ -48,8 +48,8 @@ class Asking:
 
     def _caches(self, contender: Contender) -> list[Any]:
         caches = self.prompted.caches(replace(contender, budget=min(1.0, contender.budget / self.share)))
-        for tokens in self.later:
-            continue_(self.subject.model, caches, tokens)
+        if self.later:
+            continue_(self.subject.model, caches, self.later)
         return caches
 
 

@@ -19,7 +19,7 @@ from ..calibration.table import Table
 from ..host.cache import ZeroMergeCache
 from ..host.caches import ROTATING_KEEP
 from ..host.hook import replace_caches
-from ..host.model_caches import members
+from ..host.model_caches import members, zero_merge
 from ..host.probe import probe
 from ..host.turning import turns
 from ..phases import PIECE
@@ -90,13 +90,18 @@ class Prompted:
     def caches(self, contender: Contender) -> list[Any]:
         """Caches that have seen the prompt, one for each layer of the model; new ones at each call.
 
+        What follows the prompt is decoding to them, in blocks as well.
+
         Raises:
             ValueError: the budget is too small for this contender, or it does not work in this way.
         """
-        if not contender.streaming:
-            return replace_caches(fork(self._recording.others), self._exact(contender))
-        caches = replace_caches(make_prompt_cache(self.model), self._streaming(contender))
-        read(self.model, caches, self.tokens)
+        if contender.streaming:
+            caches = replace_caches(make_prompt_cache(self.model), self._streaming(contender))
+            read(self.model, caches, self.tokens)
+        else:
+            caches = replace_caches(fork(self._recording.others), self._exact(contender))
+        for cache in zero_merge(caches):
+            decoding(cache)
         return caches
 
     def _exact(self, contender: Contender) -> Callable[[int], Any]:
@@ -183,6 +188,12 @@ class Prompted:
         if self.tokenizer is None:
             raise ValueError("kvzip asks the model to repeat the prompt: give Prompted the tokenizer")
         return kvzip.reconstruct(self.model, self.tokenizer, self.tokens, self._recording)
+
+
+def decoding(cache: ZeroMergeCache) -> None:
+    """End the prompt: blocks that follow must not pass for parts of one, which are held above the cap to be replayed."""
+    cache.finish_prompt()
+    cache.operations = replace(cache.operations, turn=None)
 
 
 def fork(caches: list[Any]) -> list[Any]:

@@ -32,7 +32,7 @@ class Agreement:
     """The task."""
 
     name = "agreement"
-    version = 1
+    version = 2
     metrics = (
         Metric("kl", "KL of the next token (nats)"),
         Metric("attention", "relative error of attention"),

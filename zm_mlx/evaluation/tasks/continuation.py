@@ -5,8 +5,8 @@ meanwhile. Reported is the loss in nats a token above the full cache's on the sa
 
 Traps: a text is mostly predicted from the tokens just before, so differences are small and a window does well,
 the better the fewer the rows. The first positions show what the prompt's compression kept, the last ones what
-decoding under the cap keeps. mlx-lm's rotating cache hides its first tokens from calls of more than one token,
-so it decodes one by one here.
+decoding under the cap keeps. All caches take the continuation in one block, as they would token by token: a
+block must neither hide mlx-lm's first tokens (``evaluation.window``) nor pass for a further prompt.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Continuation:
     """The task."""
 
     name = "continuation"
-    version = 1
+    version = 2
     metrics = (Metric("loss", "loss above full (nats a token)"),)
 
     def items(self, items: Sequence[Item]) -> Sequence[Item]:

@@ -25,7 +25,7 @@ class Conversation:
     """The task."""
 
     name = "conversation"
-    version = 1
+    version = 2
     metrics = METRICS
 
     def items(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -40,12 +40,12 @@ class Conversation:
         first += planted(subject, window, quiz.facts, begin - len(first), mark_of(item))
         speeches = 2 * (TURNS - 1) - 1  # an answer to each turn but the last, and the turns between
         length = (item.prompt_tokens - begin) // speeches
-        later = []
+        later = list[int]()
         for i in range(speeches):
             between = answer if i % 2 == 0 else turn
             at = begin + i * length
-            later.append([*between, *window[at : at + max(1, length - len(between))]])
-        later[-1] += turn
+            later += [*between, *window[at : at + max(1, length - len(between))]]
+        later += turn
         questions = [question(subject, q, f"{q.words}{frame.answer}") for q in quiz.queries]
-        total = len(first) + sum(map(len, later))
-        return Asking(subject, subject.prompted(first), questions, later, len(first) / total)
+        share = len(first) / (len(first) + len(later))
+        return Asking(subject, subject.prompted(first), questions, later, share)
