@@ -42,10 +42,12 @@ def _group(group: Group, call: Call, state: State, layout: Layout) -> mx.array:
     queries = queries.reshape(batch, group.heads, each * length, dim)
     piece = state.recent.keys[:, heads, state.filled - length : state.filled]
     keys = mx.concatenate([oldest_rows(group, state, layout, length).keys, piece], axis=2)
-    most = mx.zeros((batch, group.heads, length))
+    most = mx.full((batch, group.heads, length), -mx.inf)  # of logarithms: fewer exponentials, which cost most
     step = block_length(queries, keys.shape[2])
     for begin in range(0, each * length, step):
         # One block after the other, or the logits of all exist at once.
         block = after(queries[:, :, begin : begin + step], most) * call.scale
-        most = mx.maximum(most, mx.softmax(products(block, keys), axis=-1)[..., -length:].max(axis=2))
-    return most
+        logits = products(block, keys)
+        shown = logits[..., -length:] - mx.logsumexp(logits, axis=-1, keepdims=True)
+        most = mx.maximum(most, shown.max(axis=2))
+    return mx.exp(most)
