@@ -100,9 +100,9 @@ def add_policy(group: Any) -> None:
         choices=SCORES,
         default=None,
         help="What keeps a token: the attention it gets (attention), or that and what the prompt's own queries give it "
-        "when they are asked again behind it, which costs about nothing (replay), or what a second reading of the "
-        f"prompt gives it, at twice the prefill time (reread); without it the policy's own, of {DEFAULT} "
-        f"{named(DEFAULT).score}",
+        "when they are asked again from behind it, for a few percent of the prefill's arithmetic (replay), or what a "
+        "second reading of the prompt gives it, at twice the prefill time (reread); without it the policy's own, which "
+        f"is {named(DEFAULT).score} for {DEFAULT}",
     )
 
 
