@@ -2,16 +2,20 @@
 
 import copy
 import json
+import re
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from commands import document, run
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache as full_cache
 
 import zm_mlx
-from zm_mlx.generate import DEFAULT_MODEL
+from zm_mlx import generate
+from zm_mlx.flags import DEFAULT_MODEL
 
 DISTANCE = 1024
 DOCUMENTS, FACTS = 2, 8
@@ -92,3 +96,32 @@ def test_tokenizer_round_trips_any_text_and_keeps_digits_single(loaded):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode("90210", add_special_tokens=False)] == list("90210")
+
+
+@pytest.fixture
+def first_command(monkeypatch):
+    """Arguments of the first command of the README, as from the root of the checkout."""
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    return shlex.split((root / "README.md").read_text().partition("-m zm_mlx.generate ")[2].partition("\n")[0])
+
+
+def test_the_first_command_shows_an_answer_that_survives_and_one_that_is_lost(capsys, first_command):
+    code, out, _ = run(generate.main, capsys, *first_command, "--json")
+    told = document(out)
+    handbook = (Path(DEFAULT_MODEL) / "handbook.txt").read_text()
+    asked = handbook.splitlines()[-1].split()[-2]
+    (answer,) = re.findall(rf"The code for {asked} is (\d{{5}})\.", handbook)
+    assert code == 0
+    assert told["text"].strip() == told["full"]["text"].strip() == answer
+    assert answer not in told["rotating"]["text"]
+    assert told["kv_bytes"] < 0.22 * told["full"]["kv_bytes"]
+    assert told["rotating"]["kv_bytes"] > 0.95 * told["kv_bytes"]  # the same memory but for bookkeeping
+
+
+def test_the_handbook_is_a_prompt_of_several_codes_that_ends_where_the_answer_begins(loaded):
+    text = (Path(DEFAULT_MODEL) / "handbook.txt").read_text()
+    codes = dict(re.findall(r"^The code for (\w+) is (\d{5})\.$", text, re.MULTILINE))
+    assert len(codes) == 7 and len(set(codes.values())) == 7
+    assert re.search(r"\n\nThe code for (\w+) is$", text)[1] in codes  # no line end: the answer follows a space
+    assert 3000 <= len(loaded[1].encode(text)) <= 4000
