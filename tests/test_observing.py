@@ -43,7 +43,7 @@ def test_a_cache_that_holds_everything_answers_what_was_observed(model, name):
     logits, observed = observe(prompted, following)
     alone = continue_(model, prompted.caches(Contender("full")), following)
     np.testing.assert_allclose(tiny.f64(logits), tiny.f64(alone), atol=1e-4)
-    outputs = list(replayed(prompted, Contender(name, 1.0), observed))
+    outputs = list(replayed(prompted, prompted.caches(Contender(name, 1.0)), observed))
     worst = max(float(mx.abs(x.output - y).max()) for x, y in zip(observed, outputs, strict=True))
     if name == "full":
         assert worst < 1e-5

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from .evaluation import texts
 from .flags import DEFAULT_MODEL
 from .host.plan import context_of
 from .host.probe import probe
-from .loading import Source, load_model, load_vocabulary
+from .loading import Source, load_model, load_vocabulary, widen
 from .sampling import LARGEST, Range
 from .terminal import guarded, say
 
@@ -93,8 +92,7 @@ def _calibrate(argv: list[str] | None) -> int:
 def _table(model: nn.Module, name: str, parts: Sequence[list[int]]) -> Table:
     made = {"importance": "second reading", "texts": len(parts), "tokens": len(parts[0])}
     mark = lineage(model)
-    if mx.default_device() == mx.cpu:  # where 16-bit numbers take many times longer
-        model.set_dtype(mx.float32)
+    widen(model)
     with tqdm(parts, desc="Reading", unit="text", leave=False) as bar:
         return Table(mark, name, made, calibrated(model, bar, reread))
 

@@ -10,73 +10,111 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import mlx.core as mx
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, flags
 from .engine import Engine
 from .errors import UserError
 from .evaluation import figure, texts
-from .evaluation.caches import Contender
+from .evaluation.caches import DEFAULT, OF_MLX_LM, STREAMING, Contender
 from .evaluation.documents import documents
 from .evaluation.records import Records
 from .evaluation.run import Outcome, Work, measure, plan
 from .evaluation.scoring import rouge
 from .evaluation.subject import Subject
-from .evaluation.summary import Results, tables
+from .evaluation.summary import WINDOW, Results, tables
 from .evaluation.task import ROOM, Item, Task, items
 from .evaluation.tasks import BY_NAME
 from .evaluation.tasks.files import Files, read_rows
 from .flags import DEFAULT_MODEL
 from .interrupts import INTERRUPTED
-from .loading import Source, load_model, load_vocabulary
+from .loading import Source, load_model, load_vocabulary, widen
+from .policies import BY_NAME as POLICIES
+from .sampling import LARGEST, Range
 from .terminal import complain, guarded, say, warn
 
 COMMAND = "zm_mlx.evaluate"
 TASKS = tuple(BY_NAME)
-CACHES = ("streaming_llm", "h2o", "snapkv", "adakv", "expected_attention", "paper", "zeromerge")
+CACHES = ("streaming_llm", "h2o", "snapkv", "adakv", "paper", "zeromerge")
 BUDGETS = (0.05, 0.1, 0.2)
 DOCUMENTS = 4
 PROMPT_TOKENS = 2048
-LEAST_TOKENS = 512  # of a prompt: facts and questions need some
 QUESTIONS = 128  # tokens that may come behind a prompt and its continuation
+RANGES = {
+    "budgets": Range("a share of the full cache's bytes, above 0 and at most 1", float, 1e-9, 1),
+    "documents": Range("an integer from 1 up", int, 1, LARGEST),
+    "prompt_tokens": Range("an integer from 512 up", int, 512, LARGEST),  # facts and questions need some
+    "seeds": Range("an integer from 0 up", int, 0, LARGEST),
+}
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {COMMAND}",
         description="Measure what a model loses in caches of fixed size: loss of text, recall, agreement with the full "
-        "cache, answers to prompts of yours. Goes on where it was stopped",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "cache, answers to prompts of yours. Goes on where it was stopped"
     )
-    parser.error = _usage_error  # type: ignore[method-assign]
-    parser.print_help = lambda file=None: say(parser.format_help(), end="")  # type: ignore[method-assign]
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="Local folder or Hugging Face repository")
-    add("--adapter-path", help="Folder with the weights and settings of an adapter")
-    add("--trust-remote-code", action="store_true", help="Let the tokenizer run code of its own")
+    add("--model")
+    add("--adapter-path", help="Folder of an adapter's weights")
+    add("--trust-remote-code", action="store_true", help="Allow the tokenizer to run its own code")
     add(
         "--texts",
         nargs="+",
         metavar="PATH",
-        help=f"Files, or folders of {', '.join(texts.SUFFIXES)}; without it Python's manual and standard library",
+        help=f"Files, or folders of {', '.join(texts.SUFFIXES)} (default: Python's manual and standard library)",
     )
-    add("--data", nargs="+", metavar="FILE", help="JSONL of prompt and answer (or reference), for the task files")
-    add("--tasks", nargs="+", default=list(TASKS), choices=[*TASKS, "files"], help="What to measure")
-    add("--caches", nargs="+", default=list(CACHES), metavar="CACHE", help="Caches by name; full is always measured")
-    add("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE", help="Of the full cache's bytes")
-    add("--prompt-tokens", nargs="+", type=int, metavar="N", help=f"Lengths of prompts (default: {PROMPT_TOKENS})")
-    add("--documents", type=int, default=DOCUMENTS, metavar="N", help="Places in the texts; statistics are over them")
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="Each draws other parts of them and other facts")
-    add("--output", default="evaluate.jsonl", metavar="FILE", help="File of all that was measured, which a run goes on")
+    add("--data", nargs="+", metavar="FILE", help='JSONL of "prompt" and "answer" or "reference", for the task files')
+    add("--tasks", nargs="+", default=list(TASKS), choices=[*TASKS, "files"], metavar="TASK", help=_listed(TASKS))
     add(
-        "--json", nargs="?", const="-", metavar="FILE", help="Write the results as JSON, or print them on the last line"
+        "--caches",
+        nargs="+",
+        default=list(CACHES),
+        metavar="CACHE",
+        help=f"{_listed(CACHES)}; others are {', '.join(sorted({*OF_MLX_LM, *POLICIES} - {*CACHES, 'full'}))}. With "
+        f"{STREAMING} behind its name a cache reads prompts itself. full is always measured, and all are compared with "
+        f"{WINDOW}",
     )
+    _add_numbers(add, "budgets", BUDGETS, "SHARE", "Of the full cache's bytes")
+    _add_numbers(add, "prompt_tokens", (), "N", f"Lengths of prompts (default: {PROMPT_TOKENS})")
+    _add_numbers(add, "documents", DOCUMENTS, "N", "Places in the texts; statistics are over them")
+    _add_numbers(add, "seeds", (0,), "N", "Each draws other parts of the documents and other facts")
+    add(
+        "--output",
+        default="evaluate.jsonl",
+        metavar="FILE",
+        help="All that was measured, which a run goes on (default: evaluate.jsonl)",
+    )
+    add("--json", nargs="?", const="-", metavar="FILE", help="Write results as JSON, or print them on the last line")
     add("--figure", metavar="FILE", help=f"Draw loss against budget; ends in {', '.join(figure.SUFFIXES)}")
-    return parser
+    return flags.adopt(parser, COMMAND)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"Any of {', '.join(names)} (default: all)" if names is TASKS else f"Default: {', '.join(names)}"
+
+
+def _add_numbers(add: Any, name: str, default: Any, metavar: str, words: str) -> None:
+    """A flag for one number, or for several where the default is a sequence."""
+    several = isinstance(default, tuple)
+    given = f" (default: {' '.join(map(str, default)) if several else default})" if default else ""
+
+    def parse(text: str) -> int | float:
+        try:
+            return RANGES[name].parse(text)
+        except ValueError as error:  # argparse would leave out the range
+            raise UserError(f"{flags.flag(name)} {error}") from error
+
+    add(
+        flags.flag(name),
+        nargs="+" if several else None,
+        type=parse,
+        default=list(default) if several else default,
+        metavar=metavar,
+        help=words + given,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,22 +124,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     args = setup_arg_parser().parse_args(argv)
+    flags.check(args)
     contenders = _check(args)
     tasks = _tasks(args)
+    given = _texts(args.texts, tasks)
     records = _records(args.output)
     subject = _subject(args)
     lengths = _lengths(args.prompt_tokens, subject.context)
-    works = plan(subject, tasks, _items(args, subject, lengths, tasks), contenders)
+    if any(c.shares for c in contenders):
+        _say_table(subject)
+    works = plan(subject, tasks, _items(args, subject, lengths, given), contenders)
     outcome = Outcome()
     interrupted = _measure(subject, works, records, outcome)
     for reason in outcome.refused:
         warn(f"left out: {reason}")
 
-    points = [p for work in works for p in work.points.values()]
-    results = Results(records.of(points))
-    say("\n".join(tables(results, tasks)).lstrip("\n"))
-    if args.figure is not None:
-        figure.draw(results, tasks, f"{_short(args.model)}  ·  paired by document, ± standard error", args.figure)
+    results = Results(records.of([p for work in works for p in work.points.values()]))
+    if not (results.groups or interrupted):
+        raise UserError("nothing could be measured, for the reasons above")
+    say("\n".join(tables(results, tasks)))
+    if args.figure is not None and _draw(args.figure, subject, results, tasks):
         say(f"\nFigure: {args.figure}")
     if args.json is not None:
         _write(args.json, _document(args, subject, results, lengths, interrupted))
@@ -130,25 +172,19 @@ def _measure(subject: Subject, works: Sequence[Work], records: Records, outcome:
 
 def _check(args: argparse.Namespace) -> list[Contender]:
     """What can be said without a model; returns the caches, the full one first."""
-    for name in ("documents", "prompt_tokens", "seeds"):
-        value = getattr(args, name)
-        least = {"documents": 1, "prompt_tokens": LEAST_TOKENS, "seeds": 0}[name]
-        if value is not None and min(value if isinstance(value, list) else [value]) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more")
     contenders = {Contender("full"): None}
     for name in args.caches:
-        for budget in sorted(set(args.budgets)):
-            try:
+        try:
+            for budget in sorted(set(args.budgets)):
                 contenders[Contender(name, 1.0 if name == "full" else budget)] = None
-            except ValueError as error:
-                flag = "--budgets" if str(error).startswith("budget") else "--caches"
-                raise UserError(f"{flag}: {error}") from error
-    if args.figure is not None:
-        figure.check(args.figure)
-    for name in ("output", "json"):
+        except ValueError as error:
+            raise UserError(f"--caches: {error}") from error
+    for name in ("output", "json", "figure"):
         file = getattr(args, name)
         if file not in (None, "-"):
             _check_file(f"--{name}", file)
+    if args.figure is not None:
+        figure.check(args.figure)
     return list(contenders)
 
 
@@ -185,19 +221,34 @@ def _records(file: str) -> Records:
     return records
 
 
+def _texts(paths: Sequence[str] | None, tasks: Sequence[Task]) -> list[texts.Text]:
+    """The texts, if a task reads any."""
+    if not any(task.name in BY_NAME for task in tasks):
+        return []
+    return texts.default() if paths is None else texts.read(paths)
+
+
 def _subject(args: argparse.Namespace) -> Subject:
-    source = Source(args.model, adapter=args.adapter_path, trust_remote_code=args.trust_remote_code)
+    source = Source(args.model or DEFAULT_MODEL, adapter=args.adapter_path, trust_remote_code=args.trust_remote_code)
     tokenizer = load_vocabulary(source).tokenizer
     model = load_model(source)
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)  # products of 16 bits take 20 times as long there
-    return Subject(Engine(model, tokenizer, args.model))
+    widen(model)
+    return Subject(Engine(model, tokenizer, source.name))
 
 
-def _lengths(asked: Sequence[int] | None, context: int | None) -> list[int]:
+def _say_table(subject: Subject) -> None:
+    """Which table shares rows out among heads, or that none does."""
+    for complaint in subject.found.complaints:
+        warn(complaint)
+    table = subject.table
+    rows = f"uniform rows per head: {subject.found.reason}" if table is None else f"rows per head by the {table.words}"
+    say(f"{DEFAULT}: {rows}\n")
+
+
+def _lengths(asked: Sequence[int], context: int | None) -> list[int]:
     """The lengths of prompts, which leave the model's context room for what follows."""
     most = None if context is None else context - ROOM - QUESTIONS
-    if asked is None:
+    if not asked:
         return [PROMPT_TOKENS if most is None else min(PROMPT_TOKENS, most)]
     for length in asked:
         if most is not None and length > most:
@@ -205,16 +256,23 @@ def _lengths(asked: Sequence[int] | None, context: int | None) -> list[int]:
     return sorted(set(asked))
 
 
-def _items(args: argparse.Namespace, subject: Subject, lengths: Sequence[int], tasks: Sequence[Task]) -> list[Item]:
+def _items(
+    args: argparse.Namespace, subject: Subject, lengths: Sequence[int], given: Sequence[texts.Text]
+) -> list[Item]:
     """A place in the texts for each document, seed and length."""
-    if not any(task.name in BY_NAME for task in tasks):
-        return []
-    found = texts.default() if args.texts is None else texts.read(args.texts)
     every: list[Item] = []
-    for length in lengths:
-        places = documents(found, subject.encode, args.documents, length + ROOM)
+    for length in lengths if given else ():
+        places = documents(given, subject.encode, args.documents, length + ROOM)
         every += items(subject, places, list(dict.fromkeys(args.seeds)), length)
     return every
+
+
+def _draw(file: str, subject: Subject, results: Results, tasks: Sequence[Task]) -> bool:
+    """Whether there was anything to draw."""
+    try:
+        return figure.draw(results, tasks, Path(subject.engine.name).name, file)
+    except OSError as error:
+        raise UserError(f"--figure {file}: {error.strerror or error}") from error
 
 
 def _document(
@@ -222,9 +280,10 @@ def _document(
 ) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in ("texts", "data", "tasks", "caches", "budgets")}
     return {
-        "model": args.model,
+        "model": subject.engine.name,
         "fingerprint": subject.fingerprint,
         "zm_mlx": __version__,
+        "table": None if subject.table is None else subject.table.words,
         "settings": {**settings, "prompt_tokens": lengths, "documents": args.documents, "seeds": args.seeds},
         "interrupted": interrupted,
         "results": results.as_list(),
@@ -239,15 +298,6 @@ def _write(file: str, document: dict[str, Any]) -> None:
         Path(file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: {error.strerror or error}") from error
-
-
-def _short(model: str) -> str:
-    """The last part of a folder or repository."""
-    return model.rstrip("/").rpartition("/")[2]
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise UserError(f"{message} (--help lists the flags)")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ OURS = "zeromerge"
 COLOUR_OURS, COLOUR_WINDOW = "#0072B2", "#E69F00"
 COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#8C6D31", "#393B79", "#A55194", "#637939", "#000000")
 MARKERS = "sDv^<>pXh*"
+FULL: Any = {"color": "#000000", "linewidth": 0.8, "linestyle": ":", "zorder": 2}
 LABEL = 6.5  # points
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -43,21 +44,18 @@ def check(file: str) -> None:
     """Refuse what could not be drawn, before anything is measured.
 
     Raises:
-        UserError: another suffix than those of ``SUFFIXES``, no such folder, or no matplotlib.
+        UserError: another suffix than those of ``SUFFIXES``, or no matplotlib.
     """
-    path = Path(file)
-    if path.suffix.lower() not in SUFFIXES:
+    if Path(file).suffix.lower() not in SUFFIXES:
         raise UserError(f"--figure {file}: the name must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UserError(f"--figure {file}: there is no folder {path.parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(REMEDY) from error
 
 
-def draw(results: Results, tasks: Sequence[Task], title: str, file: str) -> None:
-    """Draw one panel for each task and length into a file.
+def draw(results: Results, tasks: Sequence[Task], model: str, file: str) -> bool:
+    """Draw one panel for each task and length into a file; without anything to draw there is none.
 
     Raises:
         OSError: it cannot be written.
@@ -67,14 +65,14 @@ def draw(results: Results, tasks: Sequence[Task], title: str, file: str) -> None
 
     panels = _panels(results, tasks)
     if not panels:
-        return
+        return False
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     caches = list(dict.fromkeys(g.cache for _, _, groups in panels for g in groups if g.cache != "full"))
     styles = {cache: style(cache, caches) for cache in caches}
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.3), layout="constrained")
-        figure.suptitle(title, fontsize=7, color="#444444")
+        figure.suptitle(f"{model}: means and standard errors over documents", fontsize=7, color="#444444")
         every = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (task, metric, groups) in zip(every, panels, strict=False):
             _panel(axes, results, groups, metric, styles)
@@ -83,6 +81,7 @@ def draw(results: Results, tasks: Sequence[Task], title: str, file: str) -> None
         for axes in every[len(panels) :]:
             axes.set_visible(False)
         figure.savefig(file, dpi=DPI, metadata={"Date": None} if file.lower().endswith(".svg") else None)
+    return True
 
 
 def style(cache: str, caches: Sequence[str]) -> dict[str, Any]:
@@ -146,14 +145,20 @@ def _panel(axes: Any, results: Results, groups: Sequence[Group], metric: Metric,
     axes.set_xticks(budgets, [f"{100 * b:g} %" for b in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("budget (share of the full cache's bytes)")
-    axes.set_ylabel(metric.title)
+    axes.set_ylabel(metric.title.replace(" (", "\n("))
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(True)
     axes.set_axisbelow(True)
     for group in groups:
-        if group.cache == "full" and (whole := results.mean(group, metric.key)) is not None and whole.mean:
-            axes.axhline(whole.mean, color="#000000", linewidth=0.8, linestyle=":", zorder=2)
+        if group.cache == "full" and (whole := results.mean(group, metric.key)) is not None:
+            axes.plot([budgets[0] / _span(budgets) ** 0.05, budgets[-1]], [whole.mean] * 2, **FULL)
             ends["full"] = budgets[-1], whole.mean
     _labels(axes, ends, budgets, styles)
+
+
+def _span(budgets: Sequence[float]) -> float:
+    """The largest over the smallest, by powers of which margins are measured."""
+    return budgets[-1] / budgets[0] if len(budgets) > 1 else 2.0
 
 
 def _labels(axes: Any, ends: dict[str, tuple[float, float]], budgets: Sequence[float], styles: dict[str, Any]) -> None:
@@ -162,9 +167,9 @@ def _labels(axes: Any, ends: dict[str, tuple[float, float]], budgets: Sequence[f
     span = high - low
     gap = span * LABEL * 1.15 / 72 / (HEIGHT * 0.68)
     places = apart([y for _, y in ends.values()], gap)
-    right = budgets[-1] / budgets[0] if len(budgets) > 1 else 2.0
+    right = _span(budgets)
     margin = budgets[-1] * right**0.06
-    axes.set_xlim(budgets[0] / right**0.05, budgets[-1] * right**0.55)
+    axes.set_xlim(budgets[0] / right**0.05, budgets[-1] * right**0.6)
     axes.set_ylim(min(low, min(places) - gap), max(high, max(places) + gap))
     for (cache, (x, y)), place in zip(ends.items(), places, strict=True):
         colour = styles.get(cache, {"color": "#000000"})["color"]

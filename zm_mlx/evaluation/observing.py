@@ -10,7 +10,6 @@ from ..host.hook import attention, replace_caches
 from ..host.model_caches import members
 from ..state.rows import Dense
 from ..state.state import Call
-from .caches import Contender
 from .prefilled import Prompted, as_array, fork
 from .recording import STEP, Layer, Recorder, evaluate
 
@@ -64,9 +63,9 @@ def observe(prompted: Prompted, tokens: Sequence[int]) -> tuple[mx.array, list[O
     return mx.concatenate(logits, axis=0), [o.observed() for o in observers]
 
 
-def replayed(prompted: Prompted, contender: Contender, observed: Sequence[Observed]) -> Iterator[mx.array]:
-    """The outputs [1, Hq, n, Dv] of a contender's cache of each full-attention layer for what was observed of it."""
-    pairs = zip(members(prompted.caches(contender)), members(prompted.others), strict=True)
+def replayed(prompted: Prompted, caches: list[Any], observed: Sequence[Observed]) -> Iterator[mx.array]:
+    """The outputs [1, Hq, n, Dv] of caches of the prompt for what each full-attention layer was observed to compute."""
+    pairs = zip(members(caches), members(prompted.others), strict=True)
     growing = [cache for cache, mine in pairs if type(mine) is KVCache]
     for cache, (rows, call, _) in zip(growing, observed, strict=True):
         # mlx-lm's rotating cache hides its first tokens from longer calls.

@@ -191,7 +191,7 @@ class Prompted:
 
 
 def decoding(cache: ZeroMergeCache) -> None:
-    """End the prompt: blocks that follow must not pass for parts of one, which are held above the cap to be replayed."""
+    """End the prompt: blocks that follow must not pass for parts of one, which are held above the cap."""
     cache.finish_prompt()
     cache.operations = replace(cache.operations, turn=None)
 

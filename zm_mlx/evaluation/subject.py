@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from ..calibration.finding import Search, find
+from ..calibration.finding import Found, Search, find
 from ..calibration.fingerprint import fingerprint
 from ..calibration.table import Table
 from ..engine import Engine
 from ..host.plan import context_of
 from ..host.probe import probe
+from ..loading import folder_of
 from .frame import Frame, begins_with
 from .prefilled import Prompted
 
@@ -28,11 +28,14 @@ class Subject:
         return fingerprint(self.model)
 
     @cached_property
+    def found(self) -> Found:
+        """The model's table of rows per KV head, as the other commands find it, or why there is none."""
+        heads = tuple(s.heads for s in probe(self.model))
+        return find(self.model, Search(folder_of(self.engine.name)), heads)
+
+    @property
     def table(self) -> Table | None:
-        """The model's table of rows per KV head, as the other commands find it."""
-        folder = Path(self.engine.name)
-        search = Search(folder if folder.is_dir() else None)
-        return find(self.model, search, tuple(s.heads for s in probe(self.model))).table
+        return self.found.table
 
     @property
     def context(self) -> int | None:

@@ -94,9 +94,12 @@ class Results:
         return document
 
 
+LEGEND = f"Means over documents ± standard error (difference to {WINDOW} ± its error, paired by document)"
+
+
 def tables(results: Results, tasks: Sequence[Task]) -> list[str]:
     """Lines: one block for each task, length and metric; caches down, budgets across."""
-    lines: list[str] = []
+    lines = [LEGEND]
     for task in tasks:
         groups = results.of(task.name)
         for length in sorted({g.prompt_tokens for g in groups}):
@@ -134,7 +137,7 @@ def _cell(results: Results, group: Group | None, key: str) -> str:
 
 def _shown(found: Estimate, sign: str = "") -> str:
     error = "" if found.error is None else f" ±{_digits(found.error)}"
-    return f"{found.mean:{sign}.3f}{error}"
+    return f"{found.mean:{sign}z.3f}{error}"
 
 
 def _digits(error: float) -> str:

@@ -6,7 +6,7 @@ from .continuation import Continuation
 from .conversation import Conversation
 from .recall import Recall, RecallBefore
 
-# Agreement next to continuation, whose prompts it shares.
+# Agreement next to continuation, and the questions of one item of recall-before together: they share prompts.
 BY_NAME: dict[str, Task] = {
-    task.name: task for task in (Continuation(), Agreement(), Recall(), RecallBefore(), Conversation())
+    task.name: task for task in (Continuation(), Agreement(), Recall(), Conversation(), RecallBefore())
 }

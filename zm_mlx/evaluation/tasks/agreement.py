@@ -19,7 +19,7 @@ import numpy as np
 from ..caches import Contender
 from ..grading import divergences
 from ..observing import Observed, observe, replayed
-from ..prefilled import continue_
+from ..prefilled import continue_, fork
 from ..subject import Subject
 from ..task import Exam, Item, Metric, Values, mean
 from .continuation import split
@@ -63,10 +63,11 @@ class _Exam:
         return tokens
 
     def measure(self, contender: Contender) -> Values:
-        kl = divergences(continue_(self.model, self.prompted.caches(contender), self.text), self.logits)
-        guess = continue_(self.model, self.prompted.caches(contender), self.greedy[:-1]).argmax(axis=-1)
+        caches = self.prompted.caches(contender)
+        kl = divergences(continue_(self.model, fork(caches), self.text), self.logits)
+        guess = continue_(self.model, fork(caches), self.greedy[:-1]).argmax(axis=-1)
         differs = np.flatnonzero(np.array(guess) != np.array(self.greedy[1:]))
-        outputs = replayed(self.prompted, contender, self.observed)
+        outputs = replayed(self.prompted, caches, self.observed)
         errors = [relative_error(one, out) for one, out in zip(self.observed, outputs, strict=True)]
         layers = {f"attention {i}": e for i, e in enumerate(errors)}
         first = float(differs[0]) if differs.size else float(GREEDY)

@@ -113,7 +113,7 @@ def _rows(path: str) -> list[Row]:
         raise UserError(f"--data {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: not text in UTF-8 (byte {error.start} cannot be read)") from error
-    return [_row(f"{Path(path).name} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    return [_row(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _row(where: str, line: str) -> Row:
