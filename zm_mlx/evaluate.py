@@ -37,7 +37,7 @@ from .terminal import complain, guarded, say, warn
 
 COMMAND = "zm_mlx.evaluate"
 TASKS = tuple(BY_NAME)
-CACHES = ("streaming_llm", "h2o", "snapkv", "adakv", "paper", "zeromerge")
+CACHES = ("streaming_llm", "snapkv", "paper", "zeromerge")
 BUDGETS = (0.05, 0.1, 0.2)
 DOCUMENTS = 4
 PROMPT_TOKENS = 2048

@@ -19,14 +19,13 @@ class Source(NamedTuple):
     """What a layer's cache is made of.
 
     scores: of the prompt's tokens by its last queries, [H, T] float32; reading: of a second reading, where
-    the policy has one; turn: see ``host.turning``. In the model's order of heads.
+    the policy has one. In the model's order of heads.
     """
 
     layer: Layer
     scores: mx.array
     policy: Policy
     reading: mx.array | None = None
-    turn: mx.array | None = None
 
 
 def scored(layer: Layer, policy: Policy) -> mx.array:
@@ -59,7 +58,7 @@ def replayed(layer: Layer, policy: Policy, turn: mx.array) -> mx.array:
 
 def compressed(source: Source, layout: Layout) -> ZeroMergeCache:
     """The cache after the prompt, compacted once."""
-    cache = ZeroMergeCache(layout, policy=source.policy, turn=source.turn)
+    cache = ZeroMergeCache(layout, policy=source.policy)  # without a turn: all pieces were replayed
     prompt = ExactPrompt(source.layer.length)
     if source.policy.fits:
         last = source.layer.last(PIECE)

@@ -164,13 +164,14 @@ def _span(budgets: Sequence[float]) -> float:
 def _labels(axes: Any, ends: dict[str, tuple[float, float]], budgets: Sequence[float], styles: dict[str, Any]) -> None:
     """Each cache's name at the right end of its line, moved so that none covers another."""
     low, high = axes.get_ylim()
-    span = high - low
-    gap = span * LABEL * 1.15 / 72 / (HEIGHT * 0.68)
-    places = apart([y for _, y in ends.values()], gap)
+    for _ in range(2):  # names beyond the axes stretch them, which takes more room for all
+        gap = (high - low) * LABEL * 1.15 / 72 / (HEIGHT * 0.68)
+        places = apart([y for _, y in ends.values()], gap)
+        low, high = min(low, min(places) - gap), max(high, max(places) + gap)
     right = _span(budgets)
     margin = budgets[-1] * right**0.06
     axes.set_xlim(budgets[0] / right**0.05, budgets[-1] * right**0.6)
-    axes.set_ylim(min(low, min(places) - gap), max(high, max(places) + gap))
+    axes.set_ylim(low, high)
     for (cache, (x, y)), place in zip(ends.items(), places, strict=True):
         colour = styles.get(cache, {"color": "#000000"})["color"]
         axes.plot([x, margin], [y, place], color=colour, linewidth=0.4, alpha=0.7)

@@ -159,8 +159,7 @@ class Prompted:
             queries = zip(sources, self._queries, strict=True)
             return [s._replace(policy=replace(policy, queries=q)) for s, q in queries]
         if policy.replays:
-            known = zip(sources, self._replayed, self._turns, strict=True)
-            return [s._replace(reading=r, turn=t) for s, r, t in known]
+            return [s._replace(reading=r) for s, r in zip(sources, self._replayed, strict=True)]
         if isinstance(policy, KVzip):
             return [s._replace(reading=r) for s, r in zip(sources, self._repeated, strict=True)]
         return sources
