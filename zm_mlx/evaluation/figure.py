@@ -16,8 +16,8 @@ DPI = 200
 OURS = "zeromerge"
 # Okabe and Ito's colours, which the colour-blind tell apart; ours and the window's are their own.
 COLOUR_OURS, COLOUR_WINDOW = "#0072B2", "#E69F00"
-COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#8C6D31", "#393B79", "#A55194", "#637939", "#000000")
-MARKERS = "sDv^<>pXh*"
+COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#8C6D31", "#393B79", "#A55194", "#637939", "#17A2A2")
+MARKERS = "sDv^<>pXh"  # one fewer than colours, so that pairs repeat late
 FULL: Any = {"color": "#000000", "linewidth": 0.8, "linestyle": ":", "zorder": 2}
 LABEL = 6.5  # points
 STYLE: Any = {

@@ -128,7 +128,7 @@ def _row(where: str, line: str) -> Row:
     if not (isinstance(right, list) and right and all(isinstance(r, str) for r in right)):
         raise UserError(f'--data {where}: "answer" or "reference" must be a text or a list of texts')
     most = found.get("max_tokens", MAX_TOKENS)
-    if not (isinstance(most, int) and most > 0):
+    if not (type(most) is int and most > 0):  # True is none
         raise UserError(f'--data {where}: "max_tokens" must be a whole number from 1 up')
     if not found["prompt"].strip():
         raise UserError(f"--data {where}: the prompt is empty")
