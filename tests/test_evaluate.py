@@ -98,14 +98,14 @@ def test_a_change_of_settings_leaves_the_other_results_out(capsys, book):
 
 @pytest.mark.usefixtures("tiny_model")
 def test_a_figure_is_drawn_where_it_was_asked_for(capsys, book, folder):
-    code, out, _ = run(capsys, "--texts", book, *SMALL, "--figure", "x.svg")
+    code, out, _ = run(capsys, "--texts", book, *SMALL, "--documents", "1", "--figure", "x.svg")
     drawn = (folder / "x.svg").read_text()
     assert code == 0 and "Figure: x.svg" in out and drawn.count(">zeromerge</text>") == 1 and "tiny" in drawn
 
 
 @pytest.mark.usefixtures("tiny_model")
 def test_only_the_full_cache_is_no_picture_and_no_error(capsys, book, folder):
-    code, out, _ = run(capsys, "--texts", book, *SMALL, "--caches", "full", "--figure", "x.png")
+    code, out, _ = run(capsys, "--texts", book, *SMALL, "--caches", "full", "--figure", "x.png", "--documents", "1")
     assert code == 0 and "Figure" not in out and not (folder / "x.png").exists()
 
 
@@ -218,7 +218,8 @@ def test_a_figure_without_its_library_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("tiny_model")
 def test_a_cache_that_does_not_fit_is_left_out_and_the_others_are_shown(capsys, book):
-    code, out, err = run(capsys, "--texts", book, *SMALL, "--caches", "quantized", "streaming_llm", "--budgets", "0.05")
+    argv = [*SMALL, "--documents", "1", "--caches", "quantized", "streaming_llm", "--budgets", "0.05"]
+    code, out, err = run(capsys, "--texts", book, *argv)
     assert code == 0 and "warning: left out: quantized at 5 %, continuation: mlx-lm's quantised cache takes" in err
     assert "streaming_llm" in out
 
@@ -226,5 +227,5 @@ def test_a_cache_that_does_not_fit_is_left_out_and_the_others_are_shown(capsys, 
 @pytest.mark.usefixtures("tiny_model")
 def test_a_damaged_output_file_is_said_and_used(capsys, book, folder):
     (folder / "evaluate.jsonl").write_text("nonsense\n")
-    code, _, err = run(capsys, "--texts", book, *SMALL)
+    code, _, err = run(capsys, "--texts", book, *SMALL, "--documents", "1")
     assert code == 0 and "warning: evaluate.jsonl: 1 lines are no records" in err

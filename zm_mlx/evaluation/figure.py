@@ -10,7 +10,7 @@ from .task import Metric, Task
 
 SUFFIXES = (".png", ".svg", ".pdf")
 REMEDY = "--figure needs matplotlib: pip install 'zm-mlx[evaluate]'"
-WIDTH, HEIGHT = 3.4, 2.6  # inches of a panel
+WIDTH, HEIGHT = 3.6, 2.6  # inches of a panel
 COLUMNS = 3
 DPI = 200
 OURS = "zeromerge"
@@ -170,7 +170,7 @@ def _labels(axes: Any, ends: dict[str, tuple[float, float]], budgets: Sequence[f
         low, high = min(low, min(places) - gap), max(high, max(places) + gap)
     right = _span(budgets)
     margin = budgets[-1] * right**0.06
-    axes.set_xlim(budgets[0] / right**0.05, budgets[-1] * right**0.6)
+    axes.set_xlim(budgets[0] / right**0.05, budgets[-1] * right**0.7)
     axes.set_ylim(low, high)
     for (cache, (x, y)), place in zip(ends.items(), places, strict=True):
         colour = styles.get(cache, {"color": "#000000"})["color"]
