@@ -19,8 +19,8 @@ from zm_mlx.budget import Budget, Request, resolve, total_bytes
 from zm_mlx.host import caches
 from zm_mlx.host.cache import ZeroMergeCache
 from zm_mlx.host.plan import plan_cache
-from zm_mlx.phases import Prefill
-from zm_mlx.policies import Policy
+from zm_mlx.phases import PIECE, Prefill
+from zm_mlx.policies import ZeroMerge
 from zm_mlx.state.layout import LayerShape, Layout
 from zm_mlx.state.rows import Dense
 from zm_mlx.state.state import Kept, Residuals, Scores, State
@@ -79,7 +79,7 @@ class Cache:
 
     def layouts(self, shapes: Sequence[LayerShape], context: int) -> tuple[Layout, ...]:
         """What a budget means for ZeroMerge; other caches get as many rows."""
-        return resolve(self.budget, shapes, Policy(), Request(prompt_tokens=context)).layouts
+        return resolve(self.budget, shapes, ZeroMerge(), Request(prompt_tokens=context)).layouts
 
     def rows(self, shapes: Sequence[LayerShape], context: int) -> int:
         """N, rows per head, of a cache with a budget."""
@@ -107,8 +107,10 @@ class Cache:
         """Bytes at the worst moment of a prefill, without activations."""
         if self.family in ("full", "quantized"):
             return self.holds(shapes, prompt, 0)
-        whole = self.family == "zeromerge" and prefill == "exact"
-        incoming = sum((prompt if whole else min(step, prompt)) * s.token_bytes for s in shapes)
+        tokens = min(step, prompt)
+        if self.family == "zeromerge":  # the whole prompt, or a piece of it beside what comes
+            tokens = prompt if prefill == "exact" else tokens + PIECE
+        incoming = sum(tokens * s.token_bytes for s in shapes)
         return self.holds(shapes, prompt, 0) + incoming
 
     @property
@@ -124,7 +126,8 @@ class Cache:
         """Empty caches for a prompt of ``context`` tokens."""
         match self.family:
             case "zeromerge":
-                made = caches.zeromerge(model, plan_cache(model, self.budget, prompt_length=context, prefill=prefill))
+                plan = plan_cache(model, self.budget, prompt_length=context, prefill=prefill, head_rows=None)
+                made = caches.zeromerge(model, plan)
             case "full":
                 made = caches.full(model)
             case "quantized":

@@ -330,7 +330,7 @@ def test_without_matplotlib_everything_else_works_and_the_remedy_is_named(capsys
         (["--caches", "quantized:5"], "--caches quantized:5: not a cache"),
         (["--caches", "zeromerge:1.5"], "--caches zeromerge:1.5: a budget of 1.5"),
         (["--caches", "rotating:1GB"], "--caches rotating:1GB: a budget of 1GB"),
-        (["--caches", "zeromerge:3"], "--caches zeromerge:3: a budget of 3 rows per head is too small"),
+        (["--caches", "zeromerge:2"], "--caches zeromerge:2: a budget of 2 rows per head is too small"),
         (["--contexts", "4X"], "--contexts: '4X' is not a number of tokens"),
         (["--contexts", "64"], "--contexts 64 is too short"),
         (["--contexts", "--prefill-lengths"], "--contexts and --prefill-lengths are both empty"),

@@ -254,6 +254,7 @@ def test_modules_imported_before_zm_mlx_are_hooked_too(tmp_path):
         "model.model.layers[0].self_attn.__class__ = elsewhere.Attention\n"
         "caches = zm_mlx.make_prompt_cache(model, 64)\n"
         "mx.eval(model(tiny.prompt(100), cache=caches))\n"
+        "mx.eval(model(tiny.prompt(1), cache=caches))\n"
         "print([c.size() for c in caches])\n"
     )
     path = f"{REPOSITORY}:{REPOSITORY / 'tests'}:{tmp_path}"
@@ -345,6 +346,7 @@ def test_bytes_budget_is_what_the_caches_of_each_layer_hold():
     plan = zm_mlx.plan_cache(made, "150KB")
     caches = plan.caches(made)
     feed(made, caches, prompt(400), 64)
+    feed(made, caches, prompt(1))  # decoding holds no piece of a prompt
     assert sum(c.nbytes for c in caches) == plan.nbytes <= budget
     assert [c.layout.rows for c in caches] == [x.rows for x in plan.layouts]
     one_more = [[n + 8 for n in x.rows] for x in plan.layouts]
@@ -379,6 +381,7 @@ def test_unequal_head_rows_change_nothing_while_they_suffice_and_hold_less_after
     rows = [[40, 80], [80, 40]]
     caches = zm_mlx.make_prompt_cache(made, None, head_rows=rows)
     assert mx.isfinite(feed(made, caches, tokens, 7)).all().item()
+    feed(made, caches, prompt(1))  # decoding holds no piece of a prompt
     assert [[len(held(c, h).weight) <= n for h, n in enumerate(t)] for c, t in zip(caches, rows, strict=True)] == [
         [True, True]
     ] * 2

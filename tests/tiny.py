@@ -188,14 +188,19 @@ def assert_equals_twin(cache: ZeroMergeCache, made: list[twin.Cache]) -> None:
 def state_of(cache: ZeroMergeCache, b: slice = slice(None)) -> list[np.ndarray]:
     """The filled part of all arrays of some sequences."""
     state = cache.layer
-    recent = [x[b, :, : state.filled] for x in (*state.recent, state.scores.recent, state.reading.recent)]
-    kept = (*state.kept.rows, *state.kept[1:], state.scores.kept, state.reading.kept, *state.residuals)
+    recent = [x[b, :, : state.filled] for x in (*state.recent, state.scores.recent)]
+    kept = (*state.kept.rows, *state.kept[1:], state.scores.kept, *state.residuals)
     return [f64(x) for x in (*recent, *(x[b] for x in kept))]
 
 
 def assert_same_state(a: ZeroMergeCache, b: ZeroMergeCache, which: slice = slice(None)) -> None:
-    """``a`` equals the sequences ``which`` of ``b``, up to float32 rounding."""
+    """``a`` equals the sequences ``which`` of ``b``, up to float32 rounding; in their readings if both have them."""
     for clock in ("departed", "filled", "since_compaction"):
         assert getattr(a.layer, clock) == getattr(b.layer, clock), clock
     for x, y in zip(state_of(a), state_of(b, which), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4, rtol=2e-4)
+    if a.layer.reads and b.layer.reads:
+        filled = slice(0, a.layer.filled)
+        readings = [(x.kept, x.recent[:, :, filled]) for x in (a.layer.reading, b.layer.reading)]
+        for x, y in zip(*readings, strict=True):
+            np.testing.assert_allclose(f64(x), f64(y[which]), atol=2e-4, rtol=2e-4)
