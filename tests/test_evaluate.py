@@ -9,6 +9,7 @@ from evaluated import PROSE, subject
 from zm_mlx import evaluate
 from zm_mlx.errors import UserError
 from zm_mlx.evaluation import run as running
+from zm_mlx.evaluation import subject as subjects
 from zm_mlx.evaluation.tasks.files import read_rows
 
 # With a tiny model in place of the shipped one, where only the command is meant.
@@ -222,6 +223,14 @@ def test_a_cache_that_does_not_fit_is_left_out_and_the_others_are_shown(capsys, 
     code, out, err = run(capsys, "--texts", book, *argv)
     assert code == 0 and "warning: left out: quantized at 5 %, continuation: mlx-lm's quantised cache takes" in err
     assert "streaming_llm" in out
+
+
+def test_a_model_whose_rotation_is_not_known_is_said(capsys, book, monkeypatch):
+    made = subjects.Subject(subject().engine)
+    monkeypatch.setattr(subjects, "turns", lambda *_: [made.model, None])
+    monkeypatch.setattr(evaluate, "_subject", lambda args: made)
+    code, _, err = run(capsys, "--texts", book, *SMALL, "--documents", "1")
+    assert code == 0 and "warning: zeromerge scores by attention alone in 1 of 2 layers" in err
 
 
 @pytest.mark.usefixtures("tiny_model")

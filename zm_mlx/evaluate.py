@@ -132,7 +132,7 @@ def _evaluate(argv: list[str] | None) -> int:
     subject = _subject(args)
     lengths = _lengths(args.prompt_tokens, subject.context)
     if any(c.shares for c in contenders):
-        _say_table(subject)
+        _say_default(subject)
     works = plan(subject, tasks, _items(args, subject, lengths, given), contenders)
     outcome = Outcome()
     interrupted = _measure(subject, works, records, outcome)
@@ -236,13 +236,16 @@ def _subject(args: argparse.Namespace) -> Subject:
     return Subject(Engine(model, tokenizer, source.name))
 
 
-def _say_table(subject: Subject) -> None:
-    """Which table shares rows out among heads, or that none does."""
+def _say_default(subject: Subject) -> None:
+    """Which table shares rows out among heads, or that none does, and what the default cannot do with this model."""
     for complaint in subject.found.complaints:
         warn(complaint)
     table = subject.table
     rows = f"uniform rows per head: {subject.found.reason}" if table is None else f"rows per head by the {table.words}"
     say(f"{DEFAULT}: {rows}\n")
+    if subject.unmoved:
+        layers = f"{subject.unmoved} of {len(subject.shapes)} layers"
+        warn(f"{DEFAULT} scores by attention alone in {layers}, whose rotation is not known")
 
 
 def _lengths(asked: Sequence[int], context: int | None) -> list[int]:

@@ -11,7 +11,10 @@ from ..calibration.table import Table
 from ..engine import Engine
 from ..host.plan import context_of
 from ..host.probe import probe
+from ..host.turning import turns
 from ..loading import folder_of
+from ..phases import PIECE
+from ..state.layout import LayerShape
 from .frame import Frame, begins_with
 from .prefilled import Prompted
 
@@ -28,10 +31,19 @@ class Subject:
         return fingerprint(self.model)
 
     @cached_property
+    def shapes(self) -> list[LayerShape]:
+        """What a token takes in each full-attention layer."""
+        return probe(self.model)
+
+    @cached_property
+    def unmoved(self) -> int:
+        """Layers whose rotation is not known, so that the default cannot replay their queries."""
+        return sum(turn is None for turn in turns(self.model, self.shapes, PIECE))
+
+    @cached_property
     def found(self) -> Found:
         """The model's table of rows per KV head, as the other commands find it, or why there is none."""
-        heads = tuple(s.heads for s in probe(self.model))
-        return find(self.model, Search(folder_of(self.engine.name)), heads)
+        return find(self.model, Search(folder_of(self.engine.name)), tuple(s.heads for s in self.shapes))
 
     @property
     def table(self) -> Table | None:
