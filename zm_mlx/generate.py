@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -18,28 +17,18 @@ from .errors import UserError
 from .flags import DEFAULT_MODEL
 from .host import caches
 from .host.caches import ROTATING_KEEP, CacheSet, Wish
-from .host.model_caches import zero_merge
 from .host.plan import context_of
-from .host.saved import read
 from .interrupts import INTERRUPTED
-from .loading import WIDENED, Source, folder_of, load_model, load_vocabulary, saved_source, widen
+from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
 from .policies import name_of
 from .report import Run, comparison, differences, plan_lines, run_lines
+from .saved_prompt import Saved
 from .terminal import guarded, prefill_bar, say, warn
 
 __all__ = ["DEFAULT_MODEL", "INTERRUPTED", "ROTATING_KEEP", "main", "mlx_lm_generate", "setup_arg_parser"]
 
 DEFAULT_PROMPT = "hello"
 COMPARED = ("full", "rotating")  # in this order: what the others are measured by comes first
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a saved prompt says before there is a model: its tokens, its metadata, bytes of a number in its rows."""
-
-    tokens: int = 0
-    metadata: dict[str, Any] = field(default_factory=dict)
-    itemsize: int | None = None
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -116,8 +105,8 @@ def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[in
     options = flags.template_options(args.chat_template_config)
     chat = prompts.Chat(args.system_prompt, args.prefill_response, options, args.ignore_chat_template)
     text = _prompt(args.prompt, args.prompt_file)
-    saved = _saved(args.prompt_cache_file)
-    source = _source(args, saved.metadata)
+    saved = Saved.read(args.prompt_cache_file)
+    source = saved.source(args.model, args.adapter_path, args.trust_remote_code)
     vocabulary = load_vocabulary(source)
     flags.check_vocabulary(settings.sampling, vocabulary.size)
     for token in args.extra_eos_token:
@@ -209,30 +198,6 @@ def _prompt(text: str | None, file: str | None) -> str:
     if text is None and file is None:
         return DEFAULT_PROMPT
     return prompts.read(None if text is None else text.replace("\\n", "\n").replace("\\t", "\t"), file)
-
-
-def _saved(file: str | None) -> Saved:
-    if file is None:
-        return Saved()
-    try:
-        found, metadata = read(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompt-cache-file: {error}") from error
-    own = list(zero_merge(found))
-    itemsize = next((c.shape.itemsize for c in own if c.shape is not None), None)
-    return Saved(max((int(c.offset) for c in own), default=0), metadata, itemsize)
-
-
-def _source(args: argparse.Namespace, metadata: dict[str, Any]) -> Source:
-    file = args.prompt_cache_file
-    saved, config = saved_source(metadata, file or "")
-    if args.model is not None and saved not in (None, args.model):
-        raise UserError(
-            f"--model {args.model} differs from the model that --prompt-cache-file {file} was saved with ({saved})"
-        )
-    asked = "--model" if args.model is not None or saved is None else f"--prompt-cache-file {file} was made with"
-    name = args.model or saved or DEFAULT_MODEL
-    return Source(name, asked, args.adapter_path, args.trust_remote_code, config)
 
 
 def _warn_of_context(context: int | None, prompt: int, max_tokens: int) -> None:
