@@ -33,6 +33,7 @@ REFUSED = {
     "num_draft_tokens": SPECULATIVE,
     "image": "images are mlx_lm.generate's",
     "quantize_activations": "use mlx_lm.generate",
+    "pipeline": "a model on several machines is mlx-lm's own",
 }
 # argparse takes -1 for a value, but -1e5 and -inf for flags.
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
@@ -166,7 +167,8 @@ def head_rows(text: str | None, folder: Path | None = None) -> Table | Search | 
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    return Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+    """The sampling that a command's flags ask for; it does not have all of them."""
+    return Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)})
 
 
 def check_vocabulary(sampling: Sampling, size: int) -> None:

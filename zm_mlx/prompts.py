@@ -19,7 +19,7 @@ RESERVED = {
     "return_tensors",
     "tokenize",
 }
-QUERY = "<query>"
+QUERY, ANSWER = "<query>", "<answer>"
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,50 @@ def encode_rest(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
             "--chat-template-config changes what comes before the prompt, which --prompt-cache-file holds already"
         )
     return _some(_ids(tokenizer, _render(tokenizer, prompt, chat)[len(opening) :]))
+
+
+def encode_next(tokenizer: Any, prompt: str, chat: Chat, stop: int | None) -> list[int]:
+    """Token ids of the turn after an answer: the end of the answer's turn, then the prompt's.
+
+    The chat template renders a conversation in which the answer is a stand-in, and the turn is what follows that.
+    So it is the same whatever the template makes of earlier turns in a later prompt, and however long they are.
+    Without a template the prompt begins a new line.
+
+    Args:
+        stop: the token that ended the answer, which is not given once more; ``None`` if the answer was cut off.
+
+    Raises:
+        UserError: the template does not show an answer as it is.
+    """
+    if not uses_template(tokenizer, chat):
+        return _some(_ids(tokenizer, "\n" + prompt))
+    _, found, turn = _apply(tokenizer, _turns(ANSWER, prompt), chat.options, continues=False).partition(ANSWER)
+    if not found:
+        raise UserError("this chat template does not show an answer as it is, so a conversation cannot go on after one")
+    ids = _some(_ids(tokenizer, turn))
+    if stop in ids:
+        end = ids.index(stop)
+        if not tokenizer.decode(ids[:end]).strip():  # it ends the answer, not what comes later
+            return ids[end + 1 :]
+    return ids
+
+
+def rewrites(tokenizer: Any, chat: Chat) -> bool:
+    """Whether a chat template shows a turn otherwise once others follow, such as an answer without its thinking."""
+    if not uses_template(tokenizer, chat):
+        return False
+    thinking = f"{tokenizer.think_start}{QUERY}{tokenizer.think_end}" if tokenizer.has_thinking else ""
+    first, *others = _turns(thinking + ANSWER, QUERY)
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    before = _apply(tokenizer, [*system, first], chat.options, continues=False)
+    after = _apply(tokenizer, [*system, first, *others], chat.options, continues=False)
+    return not after.startswith(before + thinking + ANSWER)
+
+
+def _turns(answer: str, prompt: str) -> list[dict[str, str]]:
+    """A conversation up to a prompt."""
+    roles = (("user", QUERY), ("assistant", answer), ("user", prompt))
+    return [{"role": role, "content": content} for role, content in roles]
 
 
 def uses_template(tokenizer: Any, chat: Chat) -> bool:

@@ -103,15 +103,15 @@ class CacheSet:
         return "not compressed, everything fits"
 
 
-def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int, max_tokens: int) -> CacheSet:
-    """Empty caches for a prompt; the plan is what ZeroMerge's would follow, also for the other kinds.
+def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int | None, max_tokens: int) -> CacheSet:
+    """Empty caches for a prompt, or for one of unknown length; the plan is ZeroMerge's, also for the other kinds.
 
     Raises:
         UserError: the budget does not work.
         UnsupportedModelError: the model cannot be served (with ``full`` it can).
     """
     context = context_of(model)
-    unlimited = max(0, (context or 0) - prompt_tokens)
+    unlimited = max(0, (context or 0) - (prompt_tokens or 0))
     try:
         plan = plan_cache(
             model,

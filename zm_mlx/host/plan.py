@@ -196,6 +196,12 @@ def context_of(model: nn.Module) -> int | None:
     return None
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Positions of a model that looks them up in a table; ``None`` for others, which compute them without end."""
+    tables = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "wpe")
+    return next((int(table.weight.shape[0]) for table in tables), None)
+
+
 def _require_room(draft: Plan, prefill: str, other_bytes: int) -> None:
     """Refuse what this machine cannot hold, before anything is allocated: the system would kill the process."""
     room = free_bytes(reserve=0)

@@ -13,6 +13,7 @@ from ..errors import UnsupportedModelError
 from ..phases import PIECE
 from .cache import ZeroMergeCache
 from .model_caches import zero_merge
+from .plan import positions_of
 from .probe import name_of
 
 STEP = 2048  # tokens of a call of the model, mlx-lm's own number
@@ -134,9 +135,9 @@ def _fits(own: Sequence[ZeroMergeCache], tokens: int) -> bool:
 def _require_positions(model: nn.Module, own: Sequence[ZeroMergeCache], tokens: int) -> None:
     """Refuse a model whose positions are a table that ends before the second reading of the last piece."""
     needed = max(c.offset for c in own) + tokens + min(tokens, PIECE)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "wpe" and module.weight.shape[0] < needed:
-            raise UnsupportedModelError(
-                f"zm_mlx cannot read a prompt of {tokens} tokens twice with {name_of(model)}: that takes {needed} "
-                f"positions, and it has {module.weight.shape[0]}"
-            )
+    positions = positions_of(model)
+    if positions is not None and positions < needed:
+        raise UnsupportedModelError(
+            f"zm_mlx cannot read a prompt of {tokens} tokens twice with {name_of(model)}: that takes {needed} "
+            f"positions, and it has {positions}"
+        )
