@@ -1,9 +1,10 @@
 """ZeroMergeCache: a KV cache of fixed size for one layer, behind mlx-lm's cache protocol."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
@@ -17,6 +18,9 @@ from ..policies import Policy
 from ..state.layout import LayerShape, Layout
 from ..state.rows import Dense
 from ..state.state import Call, State, to_model, to_storage
+
+if TYPE_CHECKING:
+    from .batch import ZeroMergeBatch
 
 
 class ZeroMergeCache:
@@ -270,6 +274,19 @@ class ZeroMergeCache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroMergeCache":
+        """A copy that takes no memory until one of the two is written; mlx-lm makes many."""
+        twin = copy.copy(self)
+        twin.layer = self.layer and self.layer.branch()
+        return twin
+
+    @classmethod
+    def merge(cls, caches: "Sequence[ZeroMergeCache]") -> "ZeroMergeBatch":
+        """A batch of copies of caches, one a sequence; errors are those of ``ZeroMergeBatch.merge``."""
+        from .batch import ZeroMergeBatch  # which is made of this class
+
+        return ZeroMergeBatch.merge(caches)
 
     @property
     def nbytes(self) -> int:

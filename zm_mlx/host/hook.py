@@ -1,8 +1,8 @@
 """Attaches the cache to any mlx-lm model.
 
 mlx-lm's models call one function, ``scaled_dot_product_attention`` of ``mlx_lm.models.base``, with
-their cache as an argument. It is replaced by one that looks at the cache: a ``ZeroMergeCache``
-attends itself, every other cache gets mlx-lm's own function, untouched.
+their cache as an argument. It is replaced by one that looks at the cache: a ``ZeroMergeCache``, or a
+batch of them, attends itself, every other cache gets mlx-lm's own function, untouched.
 """
 
 import importlib
@@ -17,8 +17,9 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import UnsupportedModelError
+from .batch import ZeroMergeBatch
 from .cache import ZeroMergeCache
-from .model_caches import zero_merge
+from .model_caches import members, zero_merge
 
 mlx_lm_generate: Any = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
 
@@ -27,6 +28,7 @@ BOUNDED = (mlx_lm_cache.RotatingKVCache, mlx_lm_cache.ChunkedKVCache, mlx_lm_cac
 
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
 _original_quantize: Callable[..., None] = mlx_lm_generate.maybe_quantize_kv_cache
+_original_merge: Callable[..., list[Any]] = mlx_lm_generate._merge_caches
 
 
 def attention(
@@ -38,8 +40,8 @@ def attention(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache``."""
-    if isinstance(cache, ZeroMergeCache):
+    """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache`` and a batch of them."""
+    if isinstance(cache, ZeroMergeCache | ZeroMergeBatch):
         _require_causal(mask, queries.shape[2])
         return cache.attend(queries, keys, values, scale, sinks)
     return _original(queries, keys, values, cache, scale, mask, sinks)
@@ -59,11 +61,28 @@ def quantize(prompt_cache: list[Any], quantized_kv_start: int, kv_group_size: in
     _original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
 
 
+def merge(caches: list[list[Any]]) -> list[Any]:
+    """mlx-lm's ``_merge_caches``, which makes the caches of a batch from those of its sequences.
+
+    Raises:
+        ValueError: sequences differ in which of their caches are ZeroMerge caches. mlx-lm would make full ones of all.
+    """
+    kinds = [[isinstance(c, ZeroMergeCache) for c in members(own)] for own in caches]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(
+            "a batch takes ZeroMerge caches for all of its sequences or for none: "
+            "make them all with zm_mlx.make_prompt_cache(model, ...)"
+        )
+    return _original_merge(caches)
+
+
 def register() -> None:
-    """Hook every mlx-lm model module, loaded or yet to come; let mlx-lm's loader find the cache class."""
+    """Hook every mlx-lm model module, loaded or yet to come; let mlx-lm's loader find the cache classes."""
     base.scaled_dot_product_attention = attention
     mlx_lm_generate.maybe_quantize_kv_cache = quantize
+    mlx_lm_generate._merge_caches = merge
     mlx_lm_cache.ZeroMergeCache = ZeroMergeCache
+    mlx_lm_cache.ZeroMergeBatch = ZeroMergeBatch
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models."):
             _rebind(vars(module))

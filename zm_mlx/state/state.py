@@ -5,6 +5,7 @@ state that shares the store does not see them, but two states that go on from it
 B sequences, H KV heads in the layout's order of storage, K = Σ_h (R + M_h) kept rows.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -168,6 +169,10 @@ class State(NamedTuple):
 
     def arrays(self) -> list[mx.array]:
         return [*self.kept.rows, *self.kept[1:], *self.residuals, *self.recent, *self.scores, *self.reading]
+
+    def branch(self) -> "State":
+        """An equal state that may go on by itself: its recent store shares memory until either is written."""
+        return self._replace(recent=self.recent.map(copy.copy))
 
     def appended(self, new: Dense) -> "State":
         """The state with new rows [B, H, L] behind the filled ones, for which there is room."""
