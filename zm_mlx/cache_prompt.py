@@ -6,12 +6,10 @@ their names and meaning; the file has the size of the budget.
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -94,7 +92,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
         return INTERRUPTED
     say(f"Seen: {cache_set.seen} tokens, {cache_set.state}")
     say(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
-    _save(file, cache_set, {"model": source.name, "tokenizer_config": json.dumps(_settings(source))})
+    _save(file, cache_set, source.metadata)
     say(f"Saved: {size(Path(file).stat().st_size)} in {file}")
     return 0
 
@@ -112,11 +110,6 @@ def _save(file: str, cache_set: CacheSet, metadata: dict[str, str]) -> None:
         save_prompt_cache(file, cache_set.every, metadata)
     except (OSError, ValueError) as failure:
         raise UserError(f"--prompt-cache-file: {failure}") from failure
-
-
-def _settings(source: Source) -> dict[str, Any]:
-    """What mlx-lm notes of the tokenizer."""
-    return {"trust_remote_code": source.trust_remote_code, **source.tokenizer_config}
 
 
 def _check_file(file: str) -> None:

@@ -32,6 +32,12 @@ class Source:
     def words(self) -> str:
         return f"{self.asked} {self.name}"
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a saved prompt notes of it, as mlx-lm does; ``saved_source`` reads it."""
+        settings = {"trust_remote_code": self.trust_remote_code, **self.tokenizer_config}
+        return {"model": self.name, "tokenizer_config": json.dumps(settings)}
+
 
 @dataclass(frozen=True)
 class Vocabulary:
