@@ -8,6 +8,7 @@ import argparse
 import importlib
 import sys
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -84,9 +85,7 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Sessi
     wide = source.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     head_rows = flags.head_rows(args.head_rows, folder_of(source.name))
     wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy)
-    session = Session(
-        engine, source, Wish(args.kv_budget or str(ROWS), "streaming", head_rows, args.score, args.policy)
-    )
+    session = Session(engine, source, replace(wish, budget=args.kv_budget or str(ROWS)))
     if args.prompt_cache_file is not None:
         found = caches.continued(engine.model, args.prompt_cache_file, wish, 1)
         try:

@@ -34,9 +34,7 @@ def run(line: str, session: Session) -> bool:
     rest = rest.strip()
     takes = next((usage.partition(" ")[2] for usage in COMMANDS if usage.split()[0] == name), None)
     if takes is None:
-        raise UserError(
-            f"there is no command {name} (/help lists them; a space before the slash makes a message of it)"
-        )
+        raise UserError(f"there is no command {name} (/help lists them; with a space before it, it is a message)")
     if rest and not takes:
         raise UserError(f"{name} takes nothing, not {rest!r}")
     if takes == "FILE" and not rest:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import cast
 
 from .. import prompts
 from ..engine import Engine
@@ -37,8 +38,7 @@ class Session:
         self.source = source
         self.context = context_of(engine.model)
         made = caches.fresh(engine.model, "zeromerge", wish, None, 0)
-        assert made.plan is not None  # of ZeroMerge's caches there is one
-        self.plan: Plan = made.plan
+        self.plan = cast(Plan, made.plan)  # ZeroMerge's caches have one
         self.go_on(made, Standing(adapter=source.adapter))
 
     @property
