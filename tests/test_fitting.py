@@ -53,8 +53,11 @@ def expected(before, left, call, layout, head):
     groups = call.queries.shape[1] // layout.heads
     queries = f64(call.queries[0, groups * head : groups * (head + 1)]) * call.scale
     xs, ys, given = [], [], np.zeros(len(victims))
-    for heads in queries:
+    each = max(1, groups * call.length // (fitting.SAMPLES * (queries.shape[2] + 1)))
+    for g, heads in enumerate(queries):
         for i, q in enumerate(heads):
+            if (g * call.length + i) % each:
+                continue
             at = before.seen - call.length + i
             logits = np.array([q @ k + np.log(w) if p <= at - fitting.DISTANCE else -np.inf for p, w, k, _ in victims])
             if np.isfinite(logits).any():
