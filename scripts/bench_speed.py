@@ -45,7 +45,7 @@ from zm_mlx.host.cache import ZeroMergeCache
 from zm_mlx.host.caches import ROTATING_KEEP
 from zm_mlx.host.hook import attention
 from zm_mlx.host.probe import probe
-from zm_mlx.policies import Policy
+from zm_mlx.policies import ZeroMerge
 from zm_mlx.report import size
 from zm_mlx.state.layout import LayerShape
 
@@ -74,7 +74,7 @@ def measure_attention(rounds: int) -> list[Row]:
 
 def _streamed(rows: int, dim: int, tokens: int) -> ZeroMergeCache:
     """The cache of one layer with N rows per head, after so many tokens."""
-    cache = ZeroMergeCache(Policy().layout(rows, HEADS))
+    cache = ZeroMergeCache(ZeroMerge().layout(rows, HEADS), policy=ZeroMerge())
     stream(cache, LayerShape(HEADS, dim, dim, 4, "float32"), tokens)
     return cache
 
