@@ -1,0 +1,177 @@
+"""The model that is served, and what its sequences get: a plan, empty caches, slots."""
+
+import argparse
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.server import ModelProvider
+
+from .. import flags, prompts
+from ..budget import Budget
+from ..calibration.table import TableError
+from ..errors import UnsupportedModelError, UserError
+from ..flags import DEFAULT_MODEL
+from ..host.caches import Wish
+from ..host.memory import free_bytes
+from ..host.model_caches import zero_merge
+from ..host.plan import Plan, context_of, plan_cache
+from ..loading import Source, folder_of, load_vocabulary, widen
+from .slots import Cost, Slots, measure, require
+
+ROWS = 2048  # per head, where nothing else is asked for: a server does not know its prompts
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded model as requests need it.
+
+    Args:
+        key: mlx-lm's key of the model, adapter and draft.
+        plan: what each sequence gets.
+        caches: empty ones, to be copied.
+        slots: how many sequences there may be.
+        vocabulary: tokens that the logits have.
+        context: tokens that the model was trained on, where it says so.
+        rewrites: whether its chat template shows an answer otherwise once another turn follows.
+    """
+
+    key: Any
+    model: nn.Module
+    tokenizer: Any
+    plan: Plan
+    caches: list[Any]
+    slots: Slots
+    vocabulary: int
+    context: int | None
+    rewrites: bool
+
+    def fresh(self) -> list[Any]:
+        """Caches for one more sequence; they take memory with its first token."""
+        return copy.deepcopy(self.caches)
+
+
+class Provider(ModelProvider):  # type: ignore[misc]
+    """mlx-lm's, with a plan and slots for each model that it loads.
+
+    Args:
+        args: flags of the server, checked; ``model`` is set.
+        source: how messages call the model of ``args``, and its tokenizer's settings.
+        itemsize: bytes of a number in a saved prompt's rows, which decide how the small model computes.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: Source, itemsize: int | None = None) -> None:
+        super().__init__(args)
+        self.served: Served | None = None
+        self._source, self._itemsize = source, itemsize
+        self._tokenizer_config |= source.tokenizer_config
+        for name in {args.model, _resolved(args.model)}:  # /v1/models shows the latter: it is the same model
+            self._model_map[name] = args.model
+            self._adapter_map[name] = args.adapter_path
+
+    def key_of(self, asked: Any) -> Any:
+        """The key of the model that a request names."""
+        model = self._model_map.get(asked.model, asked.model)
+        adapter = self._adapter_map.get(asked.model, asked.adapter)
+        return (model, adapter, self._draft_model_map.get(asked.draft, asked.draft))
+
+    def reset(self) -> None:
+        """Forget the model; mlx-lm calls it before it loads another."""
+        super().reset()
+        self.served = None
+
+    def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
+        """mlx-lm's; a name that cannot be loaded is refused before the model in use is dropped.
+
+        Raises:
+            UserError: there is no such model, or it does not fit; ``UnsupportedModelError`` as for a plan.
+        """
+        name = self._source.asked if model_path == self._source.name else "model"
+        load_vocabulary(Source(model_path, name, adapter_path, self.cli_args.trust_remote_code))
+        try:
+            super()._load(model_path, adapter_path, draft_model_path)
+        except Exception as error:  # the loader and the Hub fail in many ways
+            self.reset()
+            raise UserError(f"{name} {model_path}: cannot be loaded ({type(error).__name__}: {error})") from error
+        try:
+            if model_path == DEFAULT_MODEL and widen(self.model, self._itemsize):
+                mx.eval(self.model.parameters())
+            self.served = self._serve(model_path)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _serve(self, name: str) -> Served:
+        plan = plan_of(self.model, self.cli_args, name)
+        caches = plan.caches(self.model)
+        mx.eval([c.operations.turn for c in zero_merge(caches) if c.operations.turn is not None])
+        cost, vocabulary = measure(self.model, plan, copy.deepcopy(caches))
+        slots = Slots.of(memory(self.cli_args), cost, self.cli_args.prompt_concurrency)
+        require(plan, slots)
+        rewrites = self.tokenizer.has_chat_template and _rewrites(self.tokenizer)
+        return Served(
+            key=self.model_key,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            plan=plan,
+            caches=caches,
+            slots=slots,
+            vocabulary=vocabulary,
+            context=context_of(self.model),
+            rewrites=rewrites,
+        )
+
+
+def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
+    """What each sequence gets.
+
+    Raises:
+        UserError: the budget or the table does not work.
+    """
+    head_rows = flags.head_rows(args.head_rows, folder_of(name))
+    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy)
+    try:
+        return plan_cache(
+            model,
+            wish.budget or min(ROWS, context_of(model) or ROWS),
+            prefill="streaming",
+            head_rows=wish.head_rows,
+            policy=wish.method,
+        )
+    except UnsupportedModelError:
+        raise
+    except TableError as error:
+        raise UserError(f"--head-rows: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--kv-budget: {error}") from error
+
+
+def memory(args: argparse.Namespace) -> int:
+    """Bytes for all KV caches: as given, or half of what is free now that the model is loaded.
+
+    Raises:
+        UserError: nothing is given, and the system does not say what is free.
+    """
+    if args.max_kv_memory is not None:
+        return int(Budget.parse(args.max_kv_memory).value)
+    free = free_bytes()
+    if free is None:
+        raise UserError("--max-kv-memory is needed: this system does not say how much memory is free")
+    return free // 2
+
+
+def _rewrites(tokenizer: Any) -> bool:
+    try:
+        return prompts.rewrites(tokenizer, prompts.Chat())
+    except UserError:  # a template that refuses such a conversation shows nothing
+        return True
+
+
+def _resolved(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+__all__ = ["ROWS", "Cost", "Provider", "Served"]
