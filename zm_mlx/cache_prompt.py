@@ -6,6 +6,7 @@ their names and meaning; the file has the size of the budget.
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from dataclasses import replace
@@ -92,7 +93,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
         return INTERRUPTED
     say(f"Seen: {cache_set.seen} tokens, {cache_set.state}")
     say(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
-    _save(file, cache_set, source.metadata)
+    _save(file, cache_set, {**source.metadata, "tokens": json.dumps(tokens)})  # which a server compares with
     say(f"Saved: {size(Path(file).stat().st_size)} in {file}")
     return 0
 
