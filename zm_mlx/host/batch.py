@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask
 
 from ..errors import UnsupportedModelError
+from ..phases import Piece
 from ..state.rows import after
 from .cache import ZeroMergeCache
 
@@ -193,7 +194,7 @@ class ZeroMergeBatch:
         the tokens that it has, so it takes its budget and no more.
         """
         row = copy.deepcopy(self.rows[idx])
-        if row.prefill == "streaming" and row.phase.arrays:
+        if isinstance(row.phase, Piece):
             row.finish_prompt()
             mx.async_eval(row.layer and row.layer.arrays())  # type: ignore[no-untyped-call]
         return row
