@@ -189,13 +189,14 @@ def _turn(session: Session, text: str, settings: Settings, someone: bool) -> Non
 
 
 def _closing(run: Run, waiting: int, interrupted: bool, settings: Settings) -> str:
-    """The line below an answer."""
+    """The line below an answer; ``waiting`` are the tokens of the turn that were not read."""
+    read = f"{run.prompt_done}" + (f" of {run.prompt_tokens}" if waiting else "")
     parts = [
-        f"read {run.prompt_done} tokens, {run.prompt_tps:.1f} tokens-per-sec",
+        f"read {read} tokens, {run.prompt_tps:.1f} tokens-per-sec",
         f"answered {len(run.tokens)}, {run.generation_tps:.1f} tokens-per-sec",
     ]
     if interrupted:
-        parts.append("interrupted" + (f", {waiting} tokens of yours wait for the next turn" if waiting else ""))
+        parts.append("interrupted" + (", the next turn reads the rest" if waiting else ""))
     elif run.finish_reason == "length":
         parts.append(f"ended by --max-tokens {settings.max_tokens}")
     return f"[{'; '.join(parts)}]"
