@@ -7,3 +7,7 @@ class UnsupportedModelError(ValueError):
 
 class UserError(Exception):
     """What someone at a command line can mend; the message is one line that says how."""
+
+
+class MemoryGuardError(UserError):
+    """A request whose predicted peak does not fit into this machine's memory; the message says what would."""
