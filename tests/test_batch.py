@@ -227,6 +227,20 @@ def test_a_copy_takes_no_memory_until_it_is_written():
     assert mx.get_active_memory() - before < big.nbytes / 100
 
 
+def test_prompts_side_by_side_take_the_working_memory_of_one():
+    peaks = []
+    for count in (1, 5):
+        batch = merged(*(cache(256) for _ in range(count)))
+        q, k, v = tokens(1, 512, batch=count, groups=4)
+        mx.eval(call(batch, q, k, v))
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(call(batch, q, k, v))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.3 * peaks[0]
+
+
 def test_a_row_taken_in_the_middle_of_a_prompt_takes_its_budget_and_no_more():
     row = tokens(1, 100)
     batch = merged(cache())

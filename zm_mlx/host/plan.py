@@ -149,6 +149,14 @@ def make_prompt_cache(
     and recurrent layers keep mlx-lm's own caches. mlx-lm's ``kv_bits`` and ``max_kv_size`` do not go with
     these caches: the first raises at the first call, mlx-lm ignores the second.
 
+    A batch takes one set of caches a prompt, whose budgets may differ, and gives each prompt the tokens that it gets
+    alone::
+
+        caches = [make_prompt_cache(model, 2048) for _ in prompts]
+        mlx_lm.batch_generate(model, tokenizer, prompts, prompt_caches=caches)
+
+    ``mlx_lm.generate.BatchGenerator`` takes them as ``caches=`` of its ``insert``.
+
     Args:
         model: any model that ``mlx_lm.load`` returns.
         kv_budget: rows per head (an integer: 2048), a fraction of the prompt (a float in (0, 1.0]:
