@@ -156,6 +156,11 @@ def test_only_a_line_that_begins_with_a_slash_is_a_command():
     assert not lines.Entry("/x", block=True).command and not lines.Entry(" /x").command
 
 
+def test_a_budget_of_auto_is_the_models_context(monkeypatch, capsys):
+    code, out, _ = talk(monkeypatch, capsys, "/stats\n", "--kv-budget", "auto")
+    assert code == 0 and "0 of 4,096 rows per head" in out
+
+
 def test_a_long_conversation_is_warned_of_once_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(session, "context_of", lambda _: 24)
     text = "import os\n" + "import sys " * 30 + "\nimport re\n"

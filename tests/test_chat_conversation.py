@@ -98,6 +98,10 @@ def test_it_is_known_whether_a_template_rewrites_earlier_turns():
     assert not rewrites(made.tokenizer, Chat()) and not rewrites(made.tokenizer, Chat("Be brief."))
     moving = chatted.TEMPLATE.replace("<s>{{ m['role'] }}", "{% if loop.last %}!{% endif %}<s>{{ m['role'] }}")
     assert rewrites(engine(moving).tokenizer, Chat())
+    thinking = engine(THOUGHTLESS).tokenizer
+    assert not rewrites(thinking, Chat())
+    thinking._think_start = thinking._think_end = "~"
+    assert rewrites(thinking, Chat())
 
 
 def test_a_template_that_does_not_show_answers_is_refused_by_name():

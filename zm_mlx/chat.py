@@ -99,6 +99,8 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Sessi
             say(WIDENED)
         if args.prompt_cache_file is None:
             say("\n".join(plan_lines(session.plan, session.conversation.caches.unmoved)))
+        else:
+            say(f"Loaded: {commands.facts(session)}")
     return session
 
 

@@ -43,10 +43,10 @@ def run(line: str, session: Session) -> bool:
         conversation = session.conversation
         say("\n".join(bar.lines(conversation.caches, conversation.standing.turns, session.context)))
     elif name == "/save":
-        say(f"Saved: {_facts(session)} in {session.save(rest)}")
+        say(f"Saved: {facts(session)} in {session.save(rest)}")
     elif name == "/load":
         session.load(rest)
-        say(f"Loaded: {_facts(session)}")
+        say(f"Loaded: {facts(session)}")
     elif name == "/reset":
         session.begin(session.conversation.standing.system)
         say("A new conversation.")
@@ -68,7 +68,8 @@ def _system(session: Session, text: str) -> None:
     say("A new conversation, with this system prompt.")
 
 
-def _facts(session: Session) -> str:
+def facts(session: Session) -> str:
+    """How long the conversation is, in words."""
     conversation = session.conversation
     tokens, turns = conversation.seen, conversation.standing.turns
     return f"{tokens:,} tokens of {turns:,} turns, {size(conversation.caches.nbytes)}"
