@@ -174,6 +174,17 @@ def test_a_turn_whose_reading_was_interrupted_is_read_on_with_the_next_one(polic
     assert talk.standing.pending == () and talk.seen == len(fed(made))
 
 
+def test_an_interrupt_at_the_end_of_a_turns_reading_loses_no_token_that_the_caches_hold():
+    made = engine()
+    talk = conversation(made)
+    done = []
+    responses = talk.answer(
+        talk.encode(USER[0]), chatted.Settings(8), lambda: done[-1:] == [True], lambda n, total: done.append(n == total)
+    )
+    given = [r.token for r in responses]
+    assert len(given) == 1 and fed(made)[-1:] == given and talk.standing.pending == ()
+
+
 def test_an_interrupt_before_the_first_call_reads_nothing_and_loses_nothing():
     made = engine()
     talk = conversation(made)
