@@ -7,6 +7,7 @@ import argparse
 import importlib
 import ipaddress
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -84,11 +85,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the server until it is interrupted; returns the exit code."""
-    return guarded(COMMAND, lambda: _serve(argv))
+    """Run the server until it is interrupted; returns the exit code if none was started, else ends the process."""
+    started: list[Generator] = []
+    code = guarded(COMMAND, lambda: _serve(argv, started))
+    if started:  # a thread that used MLX makes the interpreter's own way out abort
+        os._exit(code)
+    return code
 
 
-def _serve(argv: list[str] | None) -> int:
+def _serve(argv: list[str] | None, started: list[Generator]) -> int:
     args = setup_arg_parser().parse_args(argv)
     flags.check(args)
     _check(args)
@@ -104,6 +109,7 @@ def _serve(argv: list[str] | None) -> int:
 
     mlx_lm_server.maybe_set_recommended_wired_limit()
     generator = Generator(Provider(args, source, saved.itemsize), opening)
+    started.append(generator)
     try:
         served = generator.loaded.result()
         say("\n".join(_lines(served, args)))

@@ -75,6 +75,8 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
         served = self.model_provider.served
         if served is not None and served.key == self.model_provider.key_of(job.args.model):
             job.prompt = self._prepare(job, served)
+        elif served is not None:
+            self._check_model(job.args.model)
         self._check_alive()
         self.waiting.put(job)
         items = job.items(lambda: self._check_waiting(job))
@@ -83,6 +85,12 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
     def _check_alive(self) -> None:
         if self._stop or not self.generation_available():
             raise Refusal(503, "the server is stopping" if self._stop else "the server cannot generate any more")
+
+    def _check_model(self, asked: Any) -> None:
+        try:
+            self.model_provider.check(asked)
+        except UserError as error:
+            raise Refusal(404, str(error), "model_not_found") from error
 
     def _check_waiting(self, job: Job) -> None:
         if time.monotonic() - job.born > PATIENCE and self.waiting.take(job):

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import GenerationContext
 
+from ..engine import random_state
 from . import checks
 from .job import Job, Prompt
 from .provider import Served
@@ -73,16 +74,17 @@ class Preparing:
 
 def seeded(sampler: Any, seed: int) -> Any:
     """A sampler that draws as if ``mx.random.seed(seed)`` had come before its first token, whatever others draw."""
-    own: list[mx.array] = []
+    own = seed
 
     def draw(logprobs: mx.array) -> mx.array:
-        own[:] = own or [mx.random.key(seed)]
-        state: Any = mx.random.state
-        others, state[0] = state[0], own[0]
+        nonlocal own
+        others = random_state()
+        mx.random.seed(own)
         try:
             return sampler(logprobs)  # type: ignore[no-any-return]
         finally:
-            own[0], state[0] = state[0], others
+            own = random_state()
+            mx.random.seed(others)
 
     return draw
 

@@ -78,6 +78,14 @@ class Provider(ModelProvider):  # type: ignore[misc]
         adapter = self._adapter_map.get(asked.model, asked.adapter)
         return (model, adapter, self._draft_model_map.get(asked.draft, asked.draft))
 
+    def check(self, asked: Any) -> None:
+        """Refuse a model that does not exist, in the thread of the client: a network that is asked may be slow.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        load_vocabulary(Source(asked.model, "model", asked.adapter, self.cli_args.trust_remote_code))
+
     def reset(self) -> None:
         """Forget the model; mlx-lm calls it before it loads another."""
         super().reset()
