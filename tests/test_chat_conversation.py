@@ -215,6 +215,21 @@ def test_rows_and_bytes_stay_while_the_conversation_grows():
     assert max(active[10:]) <= max(active[:10]) * 1.01
 
 
+@pytest.mark.exhaustive
+def test_memory_is_flat_over_fifty_thousand_tokens():
+    made = engine()
+    talk = conversation(made, rows=256)
+    text, peaks = " ".join(USER * 40), []
+    for end in (1_000, 10_000, 50_000):
+        mx.reset_peak_memory()
+        while talk.seen < end:
+            say(talk, text, ended(made, ANSWERS[0]), step=512)
+            made.model.fed.clear()
+        assert talk.caches.nbytes == talk.caches.plan.nbytes
+        peaks.append(mx.get_peak_memory())
+    assert max(peaks) <= 1.02 * peaks[0]
+
+
 def test_a_model_with_a_table_of_positions_says_where_they_end():
     mx.random.seed(0)
     args = gpt2.ModelArgs("gpt2", 32, 64, 2, 2, 64, 1e-5, chatted.VOCABULARY)
