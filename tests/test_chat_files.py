@@ -245,6 +245,21 @@ def test_stats_count_rows_tokens_and_bytes(capsys):
     assert "#" in drawn and "+" in drawn and drawn.count("|") == 2
 
 
+def test_stats_of_a_loaded_conversation_are_those_of_its_own_budget(capsys, file):
+    one = session(rows=96)
+    say(one.conversation, LONG)
+    one.save(file)
+    other = session(rows=64)
+    other.load(file)
+    commands.run("/stats", other)
+    out = capsys.readouterr().out
+    assert " of 96 rows per head" in out
+    assert f"of a budget of {one.plan.nbytes / 1e3:.2f} KB; a full cache would hold" in out
+    commands.run("/reset", other)
+    commands.run("/stats", other)
+    assert "0 of 64 rows per head" in capsys.readouterr().out
+
+
 def test_the_metadata_is_what_generate_reads_too(file):
     one = session(trust_remote_code=True)
     say(one.conversation, USER[0])

@@ -41,11 +41,6 @@ def regions(caches: Sequence[ZeroMergeCache]) -> list[Region]:
     return [Region(name, used[i] / heads, whole[i] / heads) for i, name in enumerate(MARKS)]
 
 
-def budget_bytes(caches: Sequence[ZeroMergeCache]) -> int:
-    """Bytes that the caches take at most between two turns, of those that have taken a token."""
-    return sum(c.layout.nbytes(c.shape) for c in caches if c.shape is not None)
-
-
 def bar(found: Sequence[Region]) -> str:
     """The budget drawn to scale, each region filled as far as it is in use."""
     total = sum(r.rows for r in found)
@@ -57,14 +52,21 @@ def bar(found: Sequence[Region]) -> str:
     return f"[{'|'.join(parts)}]"
 
 
-def lines(caches: CacheSet, turns: int, context: int | None) -> list[str]:
-    """What ``/stats`` shows."""
+def lines(caches: CacheSet, budget: int, turns: int, context: int | None) -> list[str]:
+    """What ``/stats`` shows.
+
+    Args:
+        caches: of the conversation.
+        budget: bytes that they take at most between two turns.
+        turns: of the conversation so far.
+        context: tokens that the model was trained on, where known.
+    """
     own = zero_merge(caches.every)
     found = regions(own)
     used, rows = (sum(x) for x in zip(*((r.used, r.rows) for r in found), strict=True))
     each = (f"{MARKS[r.name]} {r.name} {r.used:,.0f} of {r.rows:,.0f}" for r in found)
     trained = "" if context is None else f"; the model was trained on {context:,}"
-    kv = f"KV cache: {size(sum(c.nbytes for c in own))} of a budget of {size(_budget(caches))}"
+    kv = f"KV cache: {size(sum(c.nbytes for c in own))} of a budget of {size(budget)}"
     if caches.full_bytes is not None:
         kv += f"; a full cache would hold {size(caches.full_bytes)}"
     return [
@@ -74,10 +76,6 @@ def lines(caches: CacheSet, turns: int, context: int | None) -> list[str]:
         kv,
         f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB",
     ]
-
-
-def _budget(caches: CacheSet) -> int:
-    return caches.plan.nbytes if caches.plan is not None else budget_bytes(zero_merge(caches.every))
 
 
 def _used(cache: ZeroMergeCache) -> tuple[int, int, int]:

@@ -40,8 +40,8 @@ def run(line: str, session: Session) -> bool:
     if takes == "FILE" and not rest:
         raise UserError(f"{name} needs the name of a file")
     if name == "/stats":
-        conversation = session.conversation
-        say("\n".join(bar.lines(conversation.caches, conversation.standing.turns, session.context)))
+        caches, turns = session.conversation.caches, session.conversation.standing.turns
+        say("\n".join(bar.lines(caches, session.plan_of_caches.nbytes, turns, session.context)))
     elif name == "/save":
         say(f"Saved: {facts(session)} in {session.save(rest)}")
     elif name == "/load":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from .. import prompts
@@ -42,12 +43,21 @@ class Session:
         self.go_on(made, Standing(adapter=source.adapter))
 
     @property
+    def plan_of_caches(self) -> Plan:
+        """What the conversation's caches follow."""
+        return self.conversation.caches.plan or self.plan
+
+    @property
     def templated(self) -> bool:
         """Whether turns go through a chat template."""
         return prompts.uses_template(self.engine.tokenizer, prompts.Chat())
 
     def go_on(self, cache_set: CacheSet, standing: Standing) -> None:
-        """Take these caches for the conversation."""
+        """Take these caches for the conversation, whose plan may differ from that of new ones if they were saved."""
+        if cache_set.plan is None:
+            own = zero_merge(cache_set.every)
+            layouts = tuple(c.layout for c in own)
+            cache_set.plan = replace(self.plan, layouts=layouts, policy=own[0].policy, budget_reason="as it was saved")
         self.conversation = Conversation(self.engine, cache_set, standing)
         self._told = False
 
