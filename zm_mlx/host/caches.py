@@ -29,7 +29,8 @@ Taking = Literal["auto", "exact", "streaming"]
 class Wish:
     """What is asked of the caches: a budget, how the prompt is taken, a table, and by which policy tokens stay.
 
-    ``None`` is the default; of ``score`` the policy's own.
+    ``None`` is the default; of ``score`` the policy's own. ``room=False`` leaves it to ``host.guard`` whether this
+    machine can hold the caches.
     """
 
     budget: str | None = None
@@ -37,6 +38,7 @@ class Wish:
     head_rows: Wanted = "auto"
     score: Score | None = None
     policy: str | None = None
+    room: bool = True
 
     @property
     def method(self) -> Policy:
@@ -121,6 +123,7 @@ def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int | None, m
             max_tokens=max_tokens if max_tokens > 0 else unlimited,
             head_rows=wish.head_rows if kind == "zeromerge" else None,
             policy=wish.method,
+            room=wish.room,
         )
     except UnsupportedModelError:
         if kind != "full":

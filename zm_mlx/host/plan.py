@@ -15,7 +15,7 @@ from ..calibration.table import Table
 from ..ops.choose import Mode
 from ..phases import PIECE, Prefill
 from ..policies import Policy, ZeroMerge
-from ..state.layout import LayerShape, Layout
+from ..state.layout import FLOAT32, LayerShape, Layout
 from .cache import ZeroMergeCache
 from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
@@ -39,6 +39,7 @@ class Plan:
     prefill_reason: str
     heads_reason: str  # where the rows of each head come from
     complaints: tuple[str, ...] = ()  # tables that were found and do not work
+    other_bytes: int = 0  # that the model's own bounded caches will hold
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +50,27 @@ class Plan:
     def capacity(self) -> int:
         """Tokens up to which nothing is compressed."""
         return min(a.capacity for a in self.layouts)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes that a streaming cache holds beyond its budget while a prompt is read: a piece of it and its queries.
+
+        At most; 0 where the policy does not replay.
+        """
+        if not self.policy.replays:
+            return 0
+        numbers = sum(s.heads * (1 + a.reading) for a, s in zip(self.layouts, self.shapes, strict=True))
+        return self.full_bytes(PIECE) + PIECE * (numbers * FLOAT32 + sum(s.query_bytes for s in self.shapes))
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes that caches hold beyond the budget while a prompt is read: a piece of it, or all of it."""
+        return self.full_bytes(self.prompt_length or 0) if self.prefill == "exact" else self.piece_bytes
+
+    @property
+    def least(self) -> int:
+        """Bytes that one sequence takes while its prompt is read, whatever the model's own arithmetic takes."""
+        return self.nbytes + self.other_bytes + self.prompt_bytes
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes that uncompressed caches of the same layers would hold for ``tokens`` tokens."""
@@ -81,8 +103,12 @@ def plan_cache(
     max_tokens: int = 0,
     head_rows: HeadRows | Wanted = "auto",
     policy: Policy | None = None,
+    room: bool = True,
 ) -> Plan:
-    """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``."""
+    """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``.
+
+    With ``room=False`` a plan that this machine cannot hold is made too, for ``guard`` to judge.
+    """
     if prefill not in ("auto", "exact", "streaming"):
         raise ValueError(f"prefill must be 'auto', 'exact' or 'streaming', not {prefill!r}")
     if not isinstance(model, nn.Module):
@@ -115,8 +141,10 @@ def plan_cache(
         prefill_reason="as asked",
         heads_reason=heads.reason,
         complaints=heads.complaints,
+        other_bytes=other,
     )
-    _require_room(draft, prefill, other)
+    if room:
+        _require_room(draft, prefill)
     taken, why = _choose_prefill(draft, prefill, free)
     return replace(draft, prefill=taken, prefill_reason=why)
 
@@ -210,19 +238,19 @@ def positions_of(model: nn.Module) -> int | None:
     return next((int(table.weight.shape[0]) for table in tables), None)
 
 
-def _require_room(draft: Plan, prefill: str, other_bytes: int) -> None:
+def _require_room(draft: Plan, prefill: str) -> None:
     """Refuse what this machine cannot hold, before anything is allocated: the system would kill the process."""
     room = free_bytes(reserve=0)
     if room is None:
         return
-    need, free = draft.nbytes + other_bytes, f"{room / 1e9:.2f} GB are free here"
+    need, free = draft.nbytes + draft.other_bytes, f"{room / 1e9:.2f} GB are free here"
     if need > room:
-        rows = largest(draft.shapes, draft.policy, room - other_bytes)
+        rows = largest(draft.shapes, draft.policy, room - draft.other_bytes)
         raise ValueError(f"the KV cache would take {need / 1e9:.2f} GB, and {free}: at most {rows} rows per head fit")
-    whole = draft.full_bytes(draft.prompt_length or 0)
-    if prefill == "exact" and need + whole > room:
+    whole = replace(draft, prefill="exact").least
+    if prefill == "exact" and whole > room:
         raise ValueError(
-            f"prefill='exact' holds the whole prompt, which takes {(need + whole) / 1e9:.2f} GB, and {free}: "
+            f"prefill='exact' holds the whole prompt, which takes {whole / 1e9:.2f} GB, and {free}: "
             "take prefill='streaming'"
         )
 
@@ -237,7 +265,7 @@ def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefil
         return "streaming", "the prompt's length is not known"
     if prompt <= draft.capacity:
         return "streaming", "the prompt fits into the budget"
-    need = draft.full_bytes(prompt) + draft.nbytes
+    need = replace(draft, prefill="exact").least
     if free is not None and need > free:
         return "streaming", f"the whole prompt would take {need / 1e9:.2f} GB of the {free / 1e9:.2f} GB that are free"
     return "exact", "the whole prompt fits into memory"

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -107,6 +108,7 @@ class _Probe(ZeroMergeCache):
         sinks: mx.array | None = None,
     ) -> mx.array:
         self.attended += 1
+        self.token = replace(self.token, query_heads=queries.shape[1])
         out = super().attend(queries, keys, values, scale, sinks)
         return mx.zeros(out.shape, out.dtype)
 

@@ -1,7 +1,7 @@
 """The rows of one layer: how N rows per head divide into regions, and what they cost in bytes."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import index
@@ -13,18 +13,27 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one full-attention layer stores for a token: KV heads, head dims, bytes an element, dtype's name."""
+    """What one full-attention layer stores for a token: KV heads, head dims, bytes an element, dtype's name.
+
+    Where it is known, also how many query heads ask; nothing stored depends on them.
+    """
 
     heads: int
     head_dim: int
     value_dim: int
     itemsize: int
     dtype: str = ""
+    query_heads: int = field(default=0, compare=False)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in an uncompressed cache."""
         return self.heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's queries."""
+        return self.query_heads * self.head_dim * self.itemsize
 
 
 @dataclass(frozen=True)
