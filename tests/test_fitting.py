@@ -186,3 +186,11 @@ def test_the_row_brings_attention_nearer_to_that_over_all_tokens():
         ]
         errors.append(np.abs(f64(mx.stack(outs, axis=1)) - full).mean())
     assert errors[0] < errors[1]
+
+
+def test_a_head_whose_victims_no_query_sees_has_an_empty_row_and_no_singular_matrix():
+    queries, y = mx.random.normal((1, 2, 20, 8)), mx.full((1, 2, 20), -mx.inf)
+    y[:, 1] = 1.0
+    key, bias, known = fitting._least_squares(queries, y)
+    assert known.tolist() == [[False, True]]
+    assert mx.isfinite(key).all() and mx.isfinite(bias).all() and abs(bias[0, 1].item() - 1) < 1e-3

@@ -9,6 +9,7 @@ from .attention import block_length
 
 DISTANCE = 64  # tokens; what a query gives to nearer victims says little about queries to come
 RIDGE = 0.02  # of the mean square of a query's element
+NOTHING = 1e-12  # lost beside the bias's 1
 DISCOUNT = 1.2  # nats; the fit's errors cost more above the truth than below
 LARGEST = 60.0  # of a logarithm that becomes a weight
 SAMPLES = 4  # queries for each number of a row; with more the row is hardly another, and takes longer
@@ -98,7 +99,8 @@ def _least_squares(queries: mx.array, y: mx.array) -> tuple[mx.array, mx.array, 
     share = some.astype(mx.float32)[..., None]
     x = mx.concatenate([queries, mx.ones(y.shape)[..., None]], axis=-1) * share
     count = mx.maximum(share.sum(axis=(2, 3)), 1)[..., None, None]
-    ridge = RIDGE * (mx.arange(x.shape[-1]) < queries.shape[-1])  # not of the bias
+    # Not of the bias, unless there is nothing to fit: a singular matrix has no solution, not even one to leave out.
+    ridge = mx.where(mx.arange(x.shape[-1]) < queries.shape[-1], RIDGE, NOTHING)
     square = x.swapaxes(-1, -2) @ x / count + mx.diag(ridge)
     right = x.swapaxes(-1, -2) @ mx.where(some, y, 0)[..., None] / count
     found = mx.linalg.solve(square, right, stream=mx.cpu)[..., 0]
