@@ -20,11 +20,14 @@ from .errors import UserError
 from .flags import DEFAULT_MODEL
 from .host import caches
 from .host.caches import CacheSet, Wish
+from .host.guard import settled
 from .host.plan import context_of
+from .host.prefill import STEP
 from .host.saved import save_prompt_cache
+from .host.wired import leave_wired_limit
 from .interrupts import INTERRUPTED
 from .loading import WIDENED, Source, folder_of, load_model, load_vocabulary, widen
-from .report import plan_lines, size
+from .report import peak_line, plan_lines, size
 from .terminal import complain, guarded, prefill_bar, say, warn
 
 COMMAND = "zm_mlx.cache_prompt"
@@ -42,6 +45,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_memory(own)
     return parser
 
 
@@ -75,8 +79,11 @@ def _cache_prompt(argv: list[str] | None) -> int:
     engine = Engine(model, tokenizer, source.name)
 
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy)
+    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy, room=False)
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
+    cache_set = settled(engine.model, cache_set, len(tokens), STEP, args.force)
+    if args.no_wired_limit:
+        leave_wired_limit()
     context = context_of(engine.model)
     if context is not None and len(tokens) > context:
         warn(f"{len(tokens)} tokens are more than the {context} that the model was trained on")
@@ -92,7 +99,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
         complain(COMMAND, f"interrupted after {cache_set.seen or 0} of {len(tokens)} tokens, nothing was saved")
         return INTERRUPTED
     say(f"Seen: {cache_set.seen} tokens, {cache_set.state}")
-    say(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    say(peak_line(mx.get_peak_memory(), cache_set.predicted))
     _save(file, cache_set, {**source.metadata, "tokens": json.dumps(tokens)})  # which a server compares with
     say(f"Saved: {size(Path(file).stat().st_size)} in {file}")
     return 0

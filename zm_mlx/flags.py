@@ -117,6 +117,20 @@ def add_head_rows(group: Any) -> None:
     )
 
 
+def add_memory(group: Any) -> None:
+    """``--force`` and ``--no-wired-limit``."""
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="Go on where the memory guard would refuse a prompt, whose predicted peak is more than what is free",
+    )
+    group.add_argument(
+        "--no-wired-limit",
+        action="store_true",
+        help="Do not let mlx-lm wire memory on macOS, where wired memory that runs out has crashed machines",
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be said without a model, for the flags that a command has.
 

@@ -16,8 +16,10 @@ from .engine import Engine, Settings, mlx_lm_generate, random_state
 from .errors import UserError
 from .flags import DEFAULT_MODEL
 from .host import caches
-from .host.caches import ROTATING_KEEP, CacheSet, Wish
+from .host.caches import ROTATING_KEEP, CacheSet, Taking, Wish
+from .host.guard import settled
 from .host.plan import context_of
+from .host.wired import leave_wired_limit
 from .interrupts import INTERRUPTED
 from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
 from .policies import name_of
@@ -40,6 +42,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_budget(own, "what the request needs and memory allows")
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_memory(own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -73,11 +76,15 @@ def _generate(argv: list[str] | None) -> int:
     _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, "streaming" if one_by_one else args.prefill, head_rows, args.score, args.policy)
+    taking: Taking = "streaming" if one_by_one else args.prefill
+    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, room=args.cache != "zeromerge")
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
         cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
+    cache_set = settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force)
+    if args.no_wired_limit:
+        leave_wired_limit()
     if args.verbose and wide:
         say(WIDENED)
     if args.verbose and cache_set.plan is not None and cache_set.kind == "zeromerge":

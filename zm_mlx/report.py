@@ -32,6 +32,7 @@ class Run:
     seen: int = 0
     state: str | None = None
     peak_memory: int = 0
+    predicted_memory: int | None = None
     finish_reason: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -62,7 +63,7 @@ class Run:
         self.state = caches.state
         if self.prompt_done < self.prompt_tokens and self.state is not None:
             self.state = self.state.replace(", everything fits", " so far")
-        self.peak_memory = mx.get_peak_memory()
+        self.peak_memory, self.predicted_memory = mx.get_peak_memory(), caches.predicted
 
     @property
     def prompt_tps(self) -> float:
@@ -83,6 +84,7 @@ class Run:
             "kv_bytes": self.kv_bytes,
             "full_kv_bytes": self.full_bytes,
             "peak_memory_bytes": self.peak_memory,
+            "predicted_memory_bytes": self.predicted_memory,
             "finish_reason": self.finish_reason,
             "text": self.text,
         }
@@ -126,6 +128,8 @@ def plan_lines(plan: Plan, unmoved: int = 0) -> list[str]:
     lines.append(f"Budget: {plan.heads_reason}")
     lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
     lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
+    if plan.prefill == "streaming" and plan.piece_bytes:
+        lines.append(f"Prefill: a piece of up to {PIECE} tokens beside the budget meanwhile, {size(plan.piece_bytes)}")
     lines.append(f"Policy: {name_of(plan.policy)}")
     if type(plan.policy).importance is Policy.importance:
         lines.append(f"Score: {_score(plan, unmoved)}")
@@ -156,8 +160,14 @@ def run_lines(run: Run) -> list[str]:
     lines.append(kv)
     if run.state is not None:
         lines.append(f"Seen: {run.seen} tokens, {run.state}")
-    lines.append(f"Peak memory: {run.peak_memory / 1e9:.3f} GB")
+    lines.append(peak_line(run.peak_memory, run.predicted_memory))
     return lines
+
+
+def peak_line(measured: int, predicted: int | None) -> str:
+    """The peak of memory, and what was said of it before."""
+    said = "" if predicted is None else f" ({predicted / 1e9:.3f} GB predicted)"
+    return f"Peak memory: {measured / 1e9:.3f} GB{said}"
 
 
 def comparison(runs: Sequence[Run], decode: Any) -> list[str]:

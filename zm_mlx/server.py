@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ COMMAND = "zm_mlx.server"
 PROMPTS = 4  # read at the same time, by default
 STEP = 512  # tokens of each of them in one call of the model, by default
 SNAPSHOTS = 32
+GRACE = 0.3  # seconds at the end, in which clients hear that the server stops
 
 mlx_lm_server: Any = importlib.import_module("mlx_lm.server")
 
@@ -115,7 +117,9 @@ def _serve(argv: list[str] | None, started: list[Generator]) -> int:
         say("\n".join(_lines(served, args)))
         _run(args, generator)
     finally:
-        generator.stop_and_join()
+        if generator.loaded.done():  # or the process ends in the middle of loading
+            generator.stop_and_join()
+            time.sleep(GRACE)
     return 0
 
 

@@ -58,6 +58,7 @@ class CacheSet:
     every: list[Any]
     growing: list[Any]
     plan: Plan | None = None
+    predicted: int | None = None  # bytes at the peak, where the memory guard measured them
     before: int = field(init=False)  # tokens held when it was made
 
     def __post_init__(self) -> None:

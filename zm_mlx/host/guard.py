@@ -1,68 +1,109 @@
-"""The memory guard: what a prompt will take at its peak, and whether this machine has it.
+"""The memory guard: whether this machine has what a prompt will take at its peak.
 
-It judges prompts, not the tokens generated after them: those take no more memory.
+It judges prompts, not the tokens generated after them: in a cache of fixed size those take no more.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MemoryGuardError
+from .caches import CacheSet, zeromerge
 from .memory import free_bytes
-from .plan import Plan
+from .model_caches import zero_merge
+from .plan import AS_ASKED, Plan
+from .predicting import Load, Prediction, bound, predict
+from .probe import probe
+from .remedies import remedies
 
+__all__ = ["Load", "Prediction", "guard", "settled"]
 
-@dataclass(frozen=True)
-class Load:
-    """What is to be judged.
-
-    Args:
-        prompt_tokens: of the longest prompt.
-        step: tokens of a prompt in one call of the model.
-        sequences: held at the same time, prompts under way included.
-        prompts: read together, in the same calls of the model.
-        held: bytes of these sequences' caches that exist already.
-    """
-
-    prompt_tokens: int
-    step: int
-    sequences: int = 1
-    prompts: int = 1
-    held: int = 0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes at the peak: what MLX holds already, all caches, and what reading prompts takes besides.
-
-    ``measured`` says that the last was calibrated with the model; otherwise it is an upper bound, far below what
-    is free.
-    """
-
-    before: int
-    caches: int
-    reading: int
-    measured: bool
-
-    @property
-    def peak(self) -> int:
-        return self.before + self.caches + self.reading
-
-    @property
-    def new(self) -> int:
-        """Bytes that are not held yet."""
-        return self.caches + self.reading
+FAR = 2  # times as much is free as a bound says: nothing needs to be measured
+LOOSE = 4  # times the truth a bound is, at most
 
 
 def guard(model: nn.Module, plan: Plan, load: Load, force: bool = False) -> Prediction:
     """What a load will take at its peak; call it in the thread that uses the model, before anything is allocated.
 
+    Nothing is measured where far more is free than it could be.
+
     Raises:
         MemoryGuardError: more than is free here, and not ``force``. The message names what would fit.
     """
-    found = Prediction(mx.get_active_memory() - load.held, load.sequences * plan.nbytes, 0, False)
-    room = free_bytes(reserve=0)
-    if room is not None and found.new > room and not force:
-        raise MemoryGuardError(f"this takes {found.new / 1e9:.2f} GB, and {room / 1e9:.2f} GB are free here")
-    return found
+    return _Judge(model).require(plan, load, force)
+
+
+def settled(model: nn.Module, caches: CacheSet, tokens: int, step: int, force: bool = False) -> CacheSet:
+    """``guard`` for the caches of one prompt: those of this package, with nothing allocated or of a saved prompt.
+
+    Returns:
+        The caches, with what was predicted; where exact was chosen and does not fit, others that stream.
+
+    Raises:
+        MemoryGuardError: as ``guard``.
+    """
+    if caches.kind != "zeromerge":
+        return caches
+    judge = _Judge(model)
+    plan = caches.plan or _plan_of(model, caches)
+    load = Load(tokens, step, held=caches.nbytes, seen=caches.before)
+    if plan.prefill == "exact" and plan.prefill_reason != AS_ASKED and judge.over(plan, load):
+        why = "the whole prompt would not leave enough memory to read it"
+        caches = zeromerge(model, replace(plan, prefill="streaming", prefill_reason=why))
+        plan = caches.plan or plan
+    found = judge.require(plan, load, force)
+    caches.predicted = found.peak if found.measured else None
+    return caches
+
+
+def _plan_of(model: nn.Module, caches: CacheSet) -> Plan:
+    """What the caches of a saved prompt follow."""
+    own = zero_merge(caches.every)
+    exact = own[0].remaining
+    return Plan(
+        layouts=tuple(c.layout for c in own),
+        shapes=tuple(probe(model)),
+        policy=own[0].policy,
+        prefill="streaming" if exact is None else "exact",
+        prompt_length=exact,
+        budget_reason="",
+        prefill_reason=AS_ASKED,
+        heads_reason="",
+    )
+
+
+class _Judge:
+    """A model on this machine as it is now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        mx.eval(model.parameters())
+        mx.clear_cache()
+        self.model = model
+        self.room = free_bytes(reserve=0)
+
+    def require(self, plan: Plan, load: Load, force: bool) -> Prediction:
+        found = self.prediction(plan, load)
+        if self.room is None or found.new <= self.room or force:
+            return found
+        what = f"the prompt of {load.prompt_tokens} tokens" if load.sequences == 1 else f"{load.sequences} sequences"
+        fits = remedies(lambda p, x: self.prediction(p, x).new, plan, load, self.room)
+        help = f"what fits: {' or '.join(fits)}" if fits else "no smaller budget or step fits either"
+        raise MemoryGuardError(
+            f"{what} would take {found.new / 1e9:.3f} GB beside the model ({found.caches / 1e9:.3f} GB for the KV "
+            f"cache), and {self.room / 1e9:.3f} GB are free here; {help}; --force tries it all the same"
+        )
+
+    def over(self, plan: Plan, load: Load) -> bool:
+        """Whether more is needed than is free."""
+        return self.room is not None and self.prediction(plan, load).new > self.room
+
+    def prediction(self, plan: Plan, load: Load) -> Prediction:
+        """Measured, unless that could change nothing."""
+        most = bound(self.model, plan, load)
+        if self.room is None or FAR * most.new < self.room:
+            return most
+        least = replace(most, reading=max(load.prompts * plan.prompt_bytes, most.reading // LOOSE))
+        if least.new > self.room:  # measuring might not fit itself
+            return least
+        return predict(self.model, plan, load)

@@ -5,7 +5,7 @@ each takes while it works. So a model is given the caches of its first layers al
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,6 @@ from ..phases import PIECE
 from ..state.layout import LayerShape, Layout
 from ..state.rows import Dense
 from ..state.state import State
-from .cache import ZeroMergeCache
 from .model_caches import zero_merge
 from .plan import Plan
 from .prefill import prefill
@@ -24,7 +23,7 @@ from .prefill import prefill
 LAYERS = 2  # with full attention: one whole, and the attention of the next
 
 
-def measure(model: nn.Module, plan: Plan, tokens: int, step: int) -> int:
+def measure(model: nn.Module, plan: Plan, tokens: int, step: int, seen: int = 0) -> int:
     """Bytes at the peak of reading a prompt, over those of its caches once it was read.
 
     Takes the memory of a few layers' caches and of their work for a moment, and ``reset_peak_memory``.
@@ -32,17 +31,19 @@ def measure(model: nn.Module, plan: Plan, tokens: int, step: int) -> int:
     Args:
         tokens: of the prompt, at least 1.
         step: tokens of a call of the model, at most.
+        seen: tokens that a streaming cache has seen before them.
     """
     plan = replace(plan, prompt_length=tokens if plan.prefill == "exact" else None)
+    end = End.of(plan, tokens, step, seen)
     caches = plan.caches(model)
     few = caches[: _first(caches)]
     try:
-        peak = _peak(model, plan, few, tokens, step)
+        peak = _peak(model, plan, few, end)
     except Exception:  # a model that does not take the caches of some layers may fail in any way
         peak = None
     if peak is None:
         caches = plan.caches(model)
-        peak = _peak(model, plan, caches, tokens, step)
+        peak = _peak(model, plan, caches, end)
     del caches, few
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -55,17 +56,51 @@ def _first(caches: Sequence[Any]) -> int:
     return next(found, len(caches))
 
 
-def _peak(model: nn.Module, plan: Plan, caches: list[Any], tokens: int, step: int) -> int | None:
+@dataclass(frozen=True)
+class End:
+    """The part of a prompt that shows what all of it takes.
+
+    Args:
+        before: tokens that caches have seen before it.
+        tokens: of it.
+        step: tokens of a call of the model.
+    """
+
+    before: int
+    tokens: int
+    step: int
+
+    @classmethod
+    def of(cls, plan: Plan, tokens: int, step: int, seen: int) -> "End":
+        """Whole calls in which a piece is filled, the last, shorter call, and the one-token call that ends a prompt.
+
+        In a streaming cache the whole calls come once before the first tokens are merged or evicted, for attention
+        takes another way then, and once afterwards.
+        """
+        calls = max(1, -(-PIECE // step)) if plan.policy.replays else 1
+        whole, last = divmod(tokens - 1, step)
+        if plan.prefill == "exact":
+            before = tokens - 1 - last - min(calls, whole) * step
+            before -= before % PIECE
+            return cls(before, tokens - before, step)
+        rest = min(2 * calls, whole) * step + last + 1
+        before = min(seen + tokens - rest, max(0, plan.capacity - calls * step))
+        return cls(before - before % PIECE, rest, step)
+
+
+def _peak(model: nn.Module, plan: Plan, caches: list[Any], end: End) -> int | None:
     """The most that all layers hold and one works with; ``None`` where these layers did not take the tokens."""
     own = zero_merge(caches)
     share = total_bytes(plan.layouts[: len(own)], plan.shapes[: len(own)]) / plan.nbytes
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()
-    rest = _skip(own, plan, tokens, step)
+    if end.before:
+        for cache, layout, shape in zip(own, plan.layouts, plan.shapes, strict=False):
+            cache.layer = _after(end.before, layout, shape, plan.prompt_length)
     mx.eval([c.state for c in caches])
-    peaks: list[float] = []
     held = mx.get_active_memory() - before
+    peaks: list[float] = []
 
     def note(done: int = 0, _: int = 0) -> None:
         """What a call took: the layers that it is not at hold what they held before it or hold after it."""
@@ -76,35 +111,15 @@ def _peak(model: nn.Module, plan: Plan, caches: list[Any], tokens: int, step: in
         held = now
         mx.reset_peak_memory()
 
-    numbers = mx.arange(rest) % 2  # any tokens do
-    if rest > 1:
-        prefill(model, numbers[:-1], caches, step=step, progress=note)
+    numbers = mx.arange(end.tokens) % 2  # any tokens do
+    mx.eval(numbers)
+    note()
+    if end.tokens > 1:
+        prefill(model, numbers[:-1], caches, step=end.step, progress=note)
     model(numbers[None, -1:], cache=caches)
     mx.eval([c.state for c in caches])
-    note(rest)
-    return round(max(peaks)) if all(c.offset >= rest for c in own) else None
-
-
-def _skip(own: Sequence[ZeroMergeCache], plan: Plan, tokens: int, step: int) -> int:
-    """Let caches stand as after the tokens of a prompt that show nothing new; returns how many are to come.
-
-    These are: whole calls in which a piece is filled, once before the first tokens are merged or evicted (attention
-    takes another way then) and once afterwards, the last, shorter call, and the one-token call that ends a prompt.
-    """
-    calls = max(1, -(-PIECE // step)) if plan.policy.replays else 1
-    whole, last = divmod(tokens - 1, step)
-    if plan.prefill == "exact":
-        rest = min(calls, whole) * step + last + 1
-        seen = tokens - rest
-    else:
-        rest = min(2 * calls, whole) * step + last + 1
-        seen = min(tokens - rest, max(0, plan.capacity - calls * step))
-    seen -= seen % PIECE
-    rest = tokens - seen if plan.prefill == "exact" else rest
-    if seen:
-        for cache, layout, shape in zip(own, plan.layouts, plan.shapes, strict=False):
-            cache.layer = _after(seen, layout, shape, tokens if plan.prefill == "exact" else None)
-    return rest
+    note(end.tokens)
+    return round(max(peaks)) if all(c.offset == end.before + end.tokens for c in own) else None
 
 
 def _after(seen: int, layout: Layout, shape: LayerShape, prompt: int | None) -> State:

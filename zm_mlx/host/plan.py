@@ -24,6 +24,7 @@ from .probe import probe
 from .turning import turns
 
 HeadRows = Sequence[Sequence[int]]
+AS_ASKED = "as asked"
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def plan_cache(
         prefill="streaming",
         prompt_length=prompt_length,
         budget_reason=resolved.reason,
-        prefill_reason="as asked",
+        prefill_reason=AS_ASKED,
         heads_reason=heads.reason,
         complaints=heads.complaints,
         other_bytes=other,
@@ -258,9 +259,9 @@ def _require_room(draft: Plan, prefill: str) -> None:
 def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefill, str]:
     prompt = draft.prompt_length
     if prefill == "streaming":
-        return "streaming", "as asked"
+        return "streaming", AS_ASKED
     if prefill == "exact":
-        return "exact", "as asked"
+        return "exact", AS_ASKED
     if prompt is None:
         return "streaming", "the prompt's length is not known"
     if prompt <= draft.capacity:

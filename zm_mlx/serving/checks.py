@@ -9,6 +9,7 @@ from ..sampling import RANGES
 from .refusal import Refusal
 
 COMPLETIONS = "/v1/completions"
+STOPS = 32
 CHATS = ("/v1/chat/completions", "/chat/completions")
 # Of the API's names those that mlx-lm's sampling calls otherwise, or alike.
 SAMPLING = {name: name for name in ("top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold", "seed")} | {
@@ -110,6 +111,8 @@ def _check_stop(body: dict[str, Any]) -> None:
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(x, str) and x for x in words):
         refuse("stop must be a string or a list of strings, none of them empty")
+    if len(words) > STOPS:
+        refuse(f"stop: {STOPS} strings at most")
     for word in words:
         _check_text("stop", word)
 

@@ -19,7 +19,7 @@ from ..host.caches import Wish
 from ..host.memory import free_bytes
 from ..host.model_caches import zero_merge
 from ..host.plan import Plan, context_of, plan_cache
-from ..loading import Source, folder_of, load_vocabulary, widen
+from ..loading import NO_LIMIT, Source, folder_of, load_vocabulary, widen
 from .slots import Cost, Slots, measure, require
 
 ROWS = 2048  # per head, where nothing else is asked for: a server does not know its prompts
@@ -119,6 +119,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
         cost, vocabulary = measure(self.model, plan, copy.deepcopy(caches))
         slots = Slots.of(memory(self.cli_args), cost, self.cli_args.prompt_concurrency)
         require(plan, slots)
+        self.tokenizer.model_max_length = NO_LIMIT  # longer prompts are refused, without transformers' words
         rewrites = self.tokenizer.has_chat_template and _rewrites(self.tokenizer)
         return Served(
             key=self.model_key,

@@ -13,10 +13,7 @@ from ..errors import UnsupportedModelError, UserError
 from ..host.cache import ZeroMergeCache
 from ..host.model_caches import members
 from ..host.plan import Plan
-from ..phases import PIECE
 from ..report import size
-
-TOKENS = [1, 2]  # of the call that shows what a prompt takes while it is read; all models have them
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,11 @@ def measure(model: nn.Module, plan: Plan, caches: Sequence[Any]) -> tuple[Cost, 
     for cache in members(caches):
         if not hasattr(cache, "merge"):
             raise UnsupportedModelError(f"it has a {type(cache).__name__}, which cannot be served in a batch")
-    logits = model(mx.array([TOKENS]), cache=caches)
-    mx.eval(logits)
-    own = [c for c in members(caches) if isinstance(c, ZeroMergeCache)]
-    others = sum(_bytes(c, plan) for c in members(caches) if not isinstance(c, ZeroMergeCache))
+    logits = model(mx.array([[0]]), cache=caches)  # its shape is known without its values
+    others = sum(int(c.nbytes) for c in members(caches) if not isinstance(c, ZeroMergeCache))
     cost = Cost(
-        sequence=plan.nbytes + others,
-        piece=sum(map(_piece, own)),
+        sequence=plan.nbytes + max(others, plan.other_bytes),
+        piece=plan.piece_bytes,
         store=max(a.nbytes(s) for a, s in zip(plan.layouts, plan.shapes, strict=True)),
     )
     return cost, int(logits.shape[-1])
@@ -103,20 +98,3 @@ def require(plan: Plan, slots: Slots) -> None:
     if not fit:
         raise UserError(f"{asked} {whole}; the smallest one takes {size(need(policy.smallest))}")
     raise UserError(f"{asked} {whole} while its prompt is read: the largest that works is --kv-budget {tried[fit - 1]}")
-
-
-def _piece(cache: ZeroMergeCache) -> int:
-    """Bytes of one layer beyond its budget while a prompt is read, from a cache that has seen ``TOKENS``."""
-    state, held = cache.layer, cache.phase.arrays
-    if state is None or not held:  # no part of a prompt is held
-        return 0
-    whole = state.with_recent_rows(cache.layout.recent + PIECE)
-    rows = sum(x.nbytes for x in whole.arrays()) - cache.layout.nbytes(state.shape)
-    queries = held[0].nbytes // len(TOKENS) * PIECE
-    return rows + queries + sum(x.nbytes for x in held[1:])
-
-
-def _bytes(cache: Any, plan: Plan) -> int:
-    """Bytes that a bounded cache of the model's own will hold (estimated from the full-attention layers)."""
-    rows = getattr(cache, "max_size", None) or 0
-    return max(int(cache.nbytes), int(rows) * plan.shapes[0].token_bytes)
