@@ -21,6 +21,7 @@ from ..state.state import Call, State, to_model, to_storage
 
 if TYPE_CHECKING:
     from .batch import ZeroMergeBatch
+    from .rollback import Log
 
 
 class ZeroMergeCache:
@@ -49,6 +50,7 @@ class ZeroMergeCache:
         rereading: the next calls read the newest tokens a second time, as many as they bring, and store nothing
             (see ``zm_mlx.prefill``).
         reread: whether any were.
+        log: the last calls, which can be undone; ``None`` outside of ``zm_mlx.rollback``.
 
     Raises:
         ValueError: an argument is of the wrong type or out of range.
@@ -89,6 +91,7 @@ class ZeroMergeCache:
         self.layer: State | None = None
         self.phase: Phase = Streaming()
         self.rereading = self.reread = False
+        self.log: Log | None = None
         self._pending: Dense | None = None  # keys and values of an update that was not attended yet
 
     @property
@@ -142,6 +145,8 @@ class ZeroMergeCache:
             ValueError: length is not positive.
         """
         self.layer, self.phase = phases.begin(length, self.phase, self.layer, self.operations)
+        if self.log is not None:
+            self.log.forget(self.offset)
 
     def finish_prompt(self) -> None:
         """End an exact prefill now: score the prompt by its last queries and compact it once.
@@ -151,6 +156,12 @@ class ZeroMergeCache:
         if isinstance(self.phase, ExactPrompt):
             self.layer = self.layer and self.phase.finish(self.layer, self.operations)
             self.phase = Streaming()
+            if self.log is not None:
+                self.log.forget(self.offset)
+
+    def drop_update(self) -> None:
+        """Forget an update that will not be attended, because an exception ended its call of the model."""
+        self._pending = None
 
     # ---- the update, in two halves around the model's own call of attention
 
@@ -223,7 +234,8 @@ class ZeroMergeCache:
             self.reread = True
         else:
             before, phase = self.layer, self.phase
-            out, self.layer, self.phase = phases.take(phase, call, pending, before, self.operations)
+            take = phases.take if self.log is None else self.log.take
+            out, self.layer, self.phase = take(phase, call, pending, before, self.operations)
             if self.policy.score == "reread" and not self.reread:
                 self._warn_if_lost(before, self.layer, length > 1, isinstance(phase, ExactPrompt))
         return out if layout.in_model_order else to_model(out, layout, 1)
@@ -279,6 +291,7 @@ class ZeroMergeCache:
         """A copy that takes no memory until one of the two is written; mlx-lm makes many."""
         twin = copy.copy(self)
         twin.layer = self.layer and self.layer.branch()
+        twin.log = None  # a copy is in no scope
         return twin
 
     @classmethod
@@ -307,12 +320,12 @@ class ZeroMergeCache:
         return create_attention_mask(length, 0, return_array, window_size)
 
     def is_trimmable(self) -> bool:
-        """Never: what was merged cannot be taken back."""
-        return False
+        """Within ``zm_mlx.rollback`` alone: what was merged can be taken back as long as what it was before is kept."""
+        return self.log is not None
 
     def trim(self, n: int) -> int:
-        """Trims nothing, and says so by returning 0."""
-        return 0
+        """Take back the last n tokens, as ``Log.trim``; outside of ``zm_mlx.rollback`` none, which returning 0 says."""
+        return 0 if self.log is None else self.log.trim(self, n)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
         """Refuses: --kv-bits would silently replace this cache.
