@@ -15,6 +15,7 @@ from commands import document, run, templated_model
 from zm_mlx import cache_prompt, chat, generate
 from zm_mlx.chatting import lines, session
 from zm_mlx.flags import DEFAULT_MODEL
+from zm_mlx.host import guard
 
 PLAIN = "warning: this model has no chat template: text goes in as it is, and its continuation comes out\n"
 
@@ -161,6 +162,28 @@ def test_a_budget_of_auto_is_the_models_context(monkeypatch, capsys):
     assert code == 0 and "0 of 4,096 rows per head" in out
 
 
+def test_a_turn_without_memory_is_refused_and_the_conversation_goes_on(monkeypatch, capsys):
+    room = iter([10**5])
+    monkeypatch.setattr(guard, "free_bytes", lambda reserve=0: next(room, 10**12))
+    typed(monkeypatch, "import os", "import os", "/stats")
+    code, out, err = run(chat.main, capsys, "-m", "4")
+    assert code == 0 and "tokens in 1 turns" in out and out.count("[read") == 1
+    assert "0.000 GB are free here" in err and "--force tries it all the same" in err
+
+
+def test_force_goes_on_without_memory_and_a_pipe_ends_there(monkeypatch, capsys):
+    monkeypatch.setattr(guard, "free_bytes", lambda reserve=0: 10**5)
+    assert talk(monkeypatch, capsys, "import os\n")[0] == 2
+    assert talk(monkeypatch, capsys, "import os\n", "--force")[0] == 0
+
+
+def test_the_wired_limit_is_left_alone_where_it_is_asked_for(monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(chat, "leave_wired_limit", lambda: called.append(True))
+    assert talk(monkeypatch, capsys, "import os\n")[0] == 0 and not called
+    assert talk(monkeypatch, capsys, "import os\n", "--no-wired-limit")[0] == 0 and called
+
+
 def test_a_long_conversation_is_warned_of_once_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(session, "context_of", lambda _: 24)
     text = "import os\n" + "import sys " * 30 + "\nimport re\n"
@@ -251,7 +274,10 @@ def test_in_a_terminal_lines_are_asked_for_and_ctrl_d_leaves():
         assert "ended by --max-tokens 4]" in until(b"\n>>> ")
         os.write(terminal, b"/stats\n")
         assert "of 2,048 rows per head" in until(b"\n>>> ")
-        os.write(terminal, b"import\x03")
+        os.write(terminal, b"import")
+        until(b"import")
+        time.sleep(0.2)  # the line is waited for again: Python hears no signal that comes just before that
+        os.write(terminal, b"\x03")
         assert "(/exit or Ctrl-D leaves)" in until(b"\n>>> ")
         os.write(terminal, b"\x04")
     except BaseException:

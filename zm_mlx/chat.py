@@ -22,6 +22,7 @@ from .errors import UserError
 from .flags import DEFAULT_MODEL
 from .host import caches
 from .host.caches import Wish
+from .host.wired import leave_wired_limit
 from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
 from .report import Run, plan_lines
 from .saved_prompt import Saved
@@ -51,6 +52,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_memory(own)
     return parser
 
 
@@ -66,6 +68,8 @@ def _chat(argv: list[str] | None) -> int:
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
     someone = lines.interactive()
     session = _session(args, settings, someone)
+    if args.no_wired_limit:
+        leave_wired_limit()
     _warn(session)
     if someone:
         say("Lines that begin with a slash are commands: /help lists them.")
@@ -84,8 +88,8 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Sessi
     engine = Engine(load_model(source), vocabulary.tokenizer, source.name)
     wide = source.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     head_rows = flags.head_rows(args.head_rows, folder_of(source.name))
-    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy)
-    session = Session(engine, source, replace(wish, budget=args.kv_budget or str(ROWS)))
+    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy, room=not args.force)
+    session = Session(engine, source, replace(wish, budget=args.kv_budget or str(ROWS)), force=args.force)
     if args.prompt_cache_file is not None:
         found = caches.continued(engine.model, args.prompt_cache_file, wish, 1)
         try:
@@ -164,6 +168,7 @@ def _turn(session: Session, text: str, settings: Settings, someone: bool) -> Non
     """One turn: its tokens are read, and the answer is shown as it comes. Ctrl-C ends it with what there is."""
     conversation = session.conversation
     tokens = conversation.encode(text)
+    session.guard(len(tokens), settings.prefill_step_size)
     session.warn_of_context(len(tokens))
     run = Run("zeromerge", len(tokens))
     bar = prefill_bar(len(tokens), someone and len(tokens) >= LONG)

@@ -10,6 +10,7 @@ from ..engine import Engine
 from ..errors import UnsupportedModelError, UserError
 from ..host import caches
 from ..host.caches import CacheSet, Wish
+from ..host.guard import Load, guard
 from ..host.model_caches import zero_merge
 from ..host.plan import Plan, context_of
 from ..host.saved import load_prompt_cache, read, save_prompt_cache
@@ -28,15 +29,17 @@ class Session:
         engine: the model.
         source: where it came from.
         wish: of the caches of new conversations.
+        force: let no memory guard refuse a turn.
 
     Raises:
         UserError: the budget does not work.
         UnsupportedModelError: the model cannot be served.
     """
 
-    def __init__(self, engine: Engine, source: Source, wish: Wish) -> None:
+    def __init__(self, engine: Engine, source: Source, wish: Wish, *, force: bool = False) -> None:
         self.engine = engine
         self.source = source
+        self.force = force
         self.context = context_of(engine.model)
         made = caches.fresh(engine.model, "zeromerge", wish, None, 0)
         self.plan = cast(Plan, made.plan)  # ZeroMerge's caches have one
@@ -124,6 +127,16 @@ class Session:
             had, has = (x or "none" for x in (standing.adapter, self.source.adapter))
             raise ValueError(f"it was saved with another adapter than this chat runs ({had}, not {has})")
         return standing
+
+    def guard(self, tokens: int, step: int) -> None:
+        """Refuse a turn of so many tokens, read ``step`` at a time, that this machine has no memory for.
+
+        Raises:
+            MemoryGuardError: its message says what would fit.
+        """
+        found = self.conversation.caches
+        load = Load(tokens, step, held=found.nbytes, seen=self.conversation.seen)
+        guard(self.engine.model, self.plan_of_caches, load, self.force)
 
     def warn_of_context(self, tokens: int = 0) -> None:
         """Say it once if the conversation, with so many more tokens, is longer than the model was trained for."""
