@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 SYSTEMS = 4  # one snapshot in so many is a system prompt's that goes last
+FEWEST = 8  # tokens that another prompt's beginning must have to be worth going on from
 
 Kind = Literal["system", "prompt", "answer"]
 
@@ -62,12 +63,16 @@ class Snapshots:
     def use(self, tokens: Sequence[int], user_turn: bool) -> Hit | None:
         """The snapshot of the longest beginning of a prompt, less its last token, which is always computed.
 
+        A beginning of few tokens saves nothing, and a prompt that goes on from one is compacted at other tokens: what
+        is answered would depend on whether somebody had asked for a single letter before.
+
         Args:
             tokens: the prompt.
             user_turn: whether a user speaks last in it, and not a tool.
         """
         whole = packed(tokens[:-1])
-        path = [s for s in self._all if whole.startswith(s.tokens)]
+        least = min(FEWEST, len(tokens) - 1)  # the same prompt once more is reused, however short
+        path = [s for s in self._all if s.count >= least and whole.startswith(s.tokens)]
         if not path:
             return None
         hit = max(path, key=lambda s: s.count)
