@@ -5,7 +5,14 @@ from collections import OrderedDict
 
 import pytest
 
-from zm_mlx.serving.reuse import Snapshots
+from zm_mlx.serving import reuse
+from zm_mlx.serving.reuse import FEWEST, Snapshots
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Beginnings of one token count here."""
+    monkeypatch.setattr(reuse, "FEWEST", 1)
 
 
 class Lru:
@@ -182,6 +189,16 @@ def test_the_end_of_a_system_prompt_stays_one_when_a_prompt_ends_there_too():
     for n in range(5):
         store.put([7, n], None, "prompt")
     assert store.use([1, 5], True) == ("new", 1)
+
+
+def test_a_beginning_of_few_tokens_is_nothing_to_go_on_from(monkeypatch):
+    monkeypatch.setattr(reuse, "FEWEST", FEWEST)
+    store, tokens = Snapshots(8), list(range(40))
+    store.put(tokens[: FEWEST - 1], "few", "prompt")
+    assert store.use(tokens, True) is None
+    assert store.use(tokens[:FEWEST], True) == ("few", FEWEST - 1)  # the same prompt once more
+    store.put(tokens[:FEWEST], "enough", "prompt")
+    assert store.use(tokens, True) == ("enough", FEWEST)
 
 
 def test_no_room_means_no_snapshot():
