@@ -15,12 +15,14 @@ from mlx_lm.sample_utils import make_sampler
 
 from zm_mlx import plan_cache, server
 from zm_mlx.errors import UserError
+from zm_mlx.host import guard
 from zm_mlx.phases import PIECE
 from zm_mlx.serving import checks
+from zm_mlx.serving import slots as slots_module
 from zm_mlx.serving.job import Job, Prompt
 from zm_mlx.serving.preparing import _marks, seeded
 from zm_mlx.serving.refusal import ClientLeft, Refusal
-from zm_mlx.serving.slots import Cost, Slots, measure, require
+from zm_mlx.serving.slots import Cost, Slots, measure, require, require_memory
 from zm_mlx.serving.waiting import QUEUE, Waiting
 
 mlx_lm_server = importlib.import_module("mlx_lm.server")
@@ -112,22 +114,44 @@ def test_a_batch_of_the_servers_never_takes_more_than_its_slots():
 
 def test_slots_are_what_memory_holds_beside_the_prompts_that_are_read():
     cost = Cost(sequence=100, piece=50, store=10)
-    assert (Slots.of(1000, cost, 4).total, Slots.of(1000, cost, 4).prompts) == (7, 4)
-    assert (Slots.of(320, cost, 4).total, Slots.of(320, cost, 4).prompts) == (2, 2)
-    assert Slots.of(160, cost, 4).total == 1 and Slots.of(159, cost, 4).total == 0
+    found = {memory: Slots.of(memory, cost, 4, 99) for memory in (1000, 320, 160, 159)}
+    assert {memory: (x.total, x.prompts) for memory, x in found.items()} == {
+        1000: (7, 4),
+        320: (2, 2),
+        160: (1, 1),
+        159: (0, 1),
+    }
+    assert all(x.used <= memory for memory, x in found.items() if x.total)
+    assert Slots.of(1000, cost, 4, 5).total == 5
 
 
 def test_a_budget_that_does_not_fit_names_the_largest_that_does():
     model, plan, (cost, _) = planned(512)
     memory = cost.sequence + cost.piece + cost.store - 1
     with pytest.raises(UserError, match="the largest that works is --kv-budget ") as refused:
-        require(plan, Slots.of(memory, cost, 4))
+        require(plan, Slots.of(memory, cost, 4, 99))
     with pytest.raises(UserError, match="the smallest one takes"):
-        require(plan, Slots.of(1000, cost, 4))
+        require(plan, Slots.of(1000, cost, 4, 99))
     rows = int(str(refused.value).rsplit(" ", 1)[1])
     for tried, fits in ((rows, 1), (rows + 1, 0)):
         other = plan_cache(model, tried, prefill="streaming")
-        assert (Slots.of(memory, measure(model, other, other.caches(model))[0], 4).total >= 1) == bool(fits)
+        assert (Slots.of(memory, measure(model, other, other.caches(model))[0], 4, 99).total >= 1) == bool(fits)
+
+
+def test_what_the_machine_cannot_hold_is_refused_and_what_is_named_instead_fits(monkeypatch):
+    model, plan, (cost, _) = planned()
+    slots = Slots.of(60_000_000, cost, 4, 10**6)
+    free = 40_000_000
+    for module in (guard, slots_module):
+        monkeypatch.setattr(module, "free_bytes", lambda reserve=0: free)
+    require_memory(model, plan, slots, 64, force=True)
+    with pytest.raises(UserError, match=r"--max-kv-memory \d+MB fits; --force") as refused:
+        require_memory(model, plan, slots, 64, force=False)
+    fits = int(str(refused.value).split("--max-kv-memory ")[1].split("MB")[0]) * 10**6
+    require_memory(model, plan, Slots.of(fits, cost, 4, 10**6), 64, force=False)
+    free = cost.sequence
+    with pytest.raises(UserError, match="a smaller --prefill-step-size or --prompt-concurrency"):
+        require_memory(model, plan, slots, 64, force=False)
 
 
 # ---- prompts

@@ -21,6 +21,7 @@ from . import flags
 from .budget import Budget
 from .errors import UserError
 from .flags import DEFAULT_MODEL
+from .host.wired import leave_wired_limit
 from .report import plan_lines, size
 from .saved_prompt import Saved
 from .serving.handler import Handler, Server
@@ -83,6 +84,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_memory(own)
     return parser
 
 
@@ -109,6 +111,8 @@ def _serve(argv: list[str] | None, started: list[Generator]) -> int:
         if tokens is not None:
             first_snapshot(saved, tokens, served, snapshots)
 
+    if args.no_wired_limit:
+        leave_wired_limit()
     mlx_lm_server.maybe_set_recommended_wired_limit()
     generator = Generator(Provider(args, source, saved.itemsize), opening)
     started.append(generator)

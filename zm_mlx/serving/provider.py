@@ -20,7 +20,7 @@ from ..host.memory import free_bytes
 from ..host.model_caches import zero_merge
 from ..host.plan import Plan, context_of, plan_cache
 from ..loading import NO_LIMIT, Source, folder_of, load_vocabulary, widen
-from .slots import Cost, Slots, measure, require
+from .slots import Cost, Slots, measure, require, require_memory
 
 ROWS = 2048  # per head, where nothing else is asked for: a server does not know its prompts
 
@@ -117,8 +117,10 @@ class Provider(ModelProvider):  # type: ignore[misc]
         caches = plan.caches(self.model)
         mx.eval([c.operations.turn for c in zero_merge(caches) if c.operations.turn is not None])
         cost, vocabulary = measure(self.model, plan, copy.deepcopy(caches))
-        slots = Slots.of(memory(self.cli_args), cost, self.cli_args.prompt_concurrency)
+        most = self.cli_args.decode_concurrency + self.cli_args.prompt_cache_size
+        slots = Slots.of(memory(self.cli_args), cost, self.cli_args.prompt_concurrency, most)
         require(plan, slots)
+        require_memory(self.model, plan, slots, self.cli_args.prefill_step_size, self.cli_args.force)
         self.tokenizer.model_max_length = NO_LIMIT  # longer prompts are refused, without transformers' words
         rewrites = self.tokenizer.has_chat_template and _rewrites(self.tokenizer)
         return Served(
@@ -149,6 +151,7 @@ def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
             prefill="streaming",
             head_rows=wish.head_rows,
             policy=wish.method,
+            room=False,  # the guard judges
         )
     except UnsupportedModelError:
         raise

@@ -9,11 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..budget import total_bytes
-from ..errors import UnsupportedModelError, UserError
+from ..errors import MemoryGuardError, UnsupportedModelError, UserError
 from ..host.cache import ZeroMergeCache
+from ..host.guard import Load, guard
+from ..host.memory import free_bytes
 from ..host.model_caches import members
-from ..host.plan import Plan
+from ..host.plan import Plan, context_of
+from ..phases import PIECE
 from ..report import size
+
+MB = 10**6
+TRIES = 4  # of a smaller memory, before one is named
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,21 @@ class Slots:
     total: int
     prompts: int
 
+    @property
+    def used(self) -> int:
+        """Bytes of ``memory`` that are ever in use."""
+        return self.total * self.cost.sequence + self.prompts * self.cost.piece + self.cost.store
+
     @classmethod
-    def of(cls, memory: int, cost: Cost, prompts: int) -> "Slots":
-        """As many slots as fit, with as many prompts at a time as asked for, or fewer where slots are few.
+    def of(cls, memory: int, cost: Cost, prompts: int, most: int) -> "Slots":
+        """As many slots as fit, ``most`` at most, and as many prompts at a time as asked for, or fewer with few slots.
 
         The total is 0 where not even one sequence fits.
         """
         for count in range(prompts, 0, -1):
             total = (memory - count * cost.piece - cost.store) // cost.sequence
             if total >= count or count == 1:
-                return cls(memory, cost, max(0, total), count)
+                return cls(memory, cost, max(0, min(total, most)), count)
         raise ValueError(f"prompts must be 1 or more, not {prompts}")
 
 
@@ -98,3 +109,36 @@ def require(plan: Plan, slots: Slots) -> None:
     if not fit:
         raise UserError(f"{asked} {whole}; the smallest one takes {size(need(policy.smallest))}")
     raise UserError(f"{asked} {whole} while its prompt is read: the largest that works is --kv-budget {tried[fit - 1]}")
+
+
+def require_memory(model: nn.Module, plan: Plan, slots: Slots, step: int, force: bool) -> None:
+    """Refuse what this machine cannot hold with all slots in use and as many prompts read as there may be.
+
+    Args:
+        step: tokens of each prompt in one call of the model.
+
+    Raises:
+        MemoryGuardError: the message names what would fit.
+    """
+    room = free_bytes(reserve=0)
+
+    def need(tried: Slots) -> int:
+        rows = max(n for layout in plan.layouts for n in layout.rows) + 2 * PIECE
+        tokens = min(rows, context_of(model) or rows)  # longer prompts take no more
+        return guard(model, plan, Load(tokens, step, tried.total, tried.prompts), force=True).new
+
+    if force or room is None or (new := need(slots)) <= room:
+        return
+    fewer, remedy = slots, "a smaller --prefill-step-size or --prompt-concurrency takes less"
+    for _ in range(TRIES):
+        memory = (fewer.used - (need(fewer) - room)) // MB * MB
+        fewer = Slots.of(memory, slots.cost, slots.prompts, slots.total)
+        if not fewer.total:
+            break
+        if need(fewer) <= room:
+            remedy = f"--max-kv-memory {memory // MB}MB fits"
+            break
+    raise MemoryGuardError(
+        f"{slots.total} slots and reading {slots.prompts} prompts at a time would take {size(new)} beside the model, "
+        f"and {size(room)} are free here: {remedy}; --force starts all the same"
+    )
