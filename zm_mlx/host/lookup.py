@@ -40,12 +40,15 @@ class PromptLookup:
             self._tokens.append(token)
 
     def propose(self, count: int) -> list[int]:
-        """Up to ``count`` tokens that may come next: none where the last ones are new."""
+        """``count`` tokens that may come next, or none where the last ones are new.
+
+        Where the text before ends, it begins again: a period that repeats itself.
+        """
         end = len(self._tokens)
         for length in range(min(LONGEST, end), SHORTEST - 1, -1):
             begin = self._next.get(tuple(self._tokens[end - length :]))
             if begin is not None:
-                return self._tokens[begin : begin + count]
+                return [self._tokens[begin + i % (end - begin)] for i in range(count)]
         return []
 
 
