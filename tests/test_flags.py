@@ -107,8 +107,6 @@ def test_what_a_chat_template_refuses_is_one_line(capsys, tmp_path, options):
         (["--kv-group-size", "64"], "--kv-group-size"),
         (["--quantized-kv-start", "5000"], "--quantized-kv-start"),
         (["--max-kv-size", "0"], "--max-kv-size"),
-        (["--draft-model", ""], "--draft-model"),
-        (["--num-draft-tokens", "3"], "--num-draft-tokens"),
         (["--image", "a.png"], "--image"),
         (["-qa"], "--quantize-activations"),
     ],

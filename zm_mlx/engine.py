@@ -1,5 +1,6 @@
 """Generation with a model, without flags: what all commands call."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,8 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .drafting import Draft
+from .host.lookup import PromptLookup
 from .host.model_caches import zero_merge
 from .host.prefill import STEP, Progress, prefill
+from .host.rollback import rollback
+from .host.speculating import fill
 from .sampling import LARGEST, Range, Sampling
 
 mlx_lm_generate = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
@@ -17,6 +22,7 @@ mlx_lm_generate = importlib.import_module("mlx_lm.generate")  # the package's na
 LIMITS: dict[str, Range] = {
     "max_tokens": Range("an integer from 1 up, or -1 for no limit", int, 1, LARGEST, (-1,)),
     "prefill_step_size": Range("an integer from 1 up", int, 1, LARGEST),
+    "num_draft_tokens": Range("an integer from 1 to 64", int, 1, 64),
 }
 
 
@@ -33,9 +39,9 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        for name, limit in LIMITS.items():
+        for name in ("max_tokens", "prefill_step_size"):
             try:
-                limit.check(getattr(self, name))
+                LIMITS[name].check(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from None
 
@@ -49,12 +55,21 @@ class Engine:
         self.name = name
 
     def generate(
-        self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None = None
+        self,
+        tokens: list[int],
+        caches: list[Any],
+        settings: Settings,
+        progress: Progress | None = None,
+        draft: Draft | None = None,
     ) -> Iterator[Any]:
         """mlx-lm's responses to a prompt, one a token; ``caches`` (one a layer) are advanced in place.
 
+        With a draft, its caches too; greedy tokens stay what they are without it.
+
         The seed is not set here: mlx-lm's command sets it before it loads the model, which draws from it too.
         """
+        if draft is not None:
+            return self._speculate(tokens, caches, settings, progress, draft)
         if len(tokens) > 1 and _read_twice(caches):
             return self._after_reading(tokens, caches, settings, progress)
         return self._stream(tokens, caches, settings, progress)
@@ -69,6 +84,38 @@ class Engine:
             step = settings.prefill_step_size
             prefill(self.model, tokens[:-1], caches, step=step, progress=lambda done, _: report(done, total))
         yield from self._stream(tokens[-1:], caches, settings, lambda done, last: report(total - last + done, total))
+
+    def _speculate(
+        self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None, draft: Draft
+    ) -> Iterator[Any]:
+        """``generate`` with a draft: both read the prompt but for its last token, then the caches can give back."""
+        total, step = len(tokens), settings.prefill_step_size
+        report = progress or (lambda done, total: None)
+        readers = [(draft.model, draft.every)] if draft.model is not None else []
+        prompt = mx.array(tokens[:-1])
+        with mlx_lm_generate.wired_limit(self.model):
+            if total > 1 and _read_twice(caches):
+                prefill(self.model, prompt, caches, step=step, progress=lambda done, _: report(done, total))
+                fill(readers, prompt, step)
+            else:
+                fill([*readers, (self.model, caches)], prompt, step, lambda done, _: report(done, total))
+        every = [*caches, *draft.every]
+        with rollback(every, draft.count):
+            responses = mlx_lm_generate.stream_generate(
+                self.model,
+                self.tokenizer,
+                mx.array(tokens[-1:]),
+                max_tokens=LARGEST if settings.max_tokens < 0 else settings.max_tokens,  # mlx-lm drafts up to a limit
+                draft_model=PromptLookup(tokens[:-1]) if draft.model is None else draft.model,
+                num_draft_tokens=draft.count,
+                sampler=settings.sampling.sampler(self.tokenizer),
+                prompt_cache=every,
+            )
+            with contextlib.closing(responses):  # what was not accepted is taken back within the scope
+                for n, response in enumerate(responses):
+                    if n == 0:
+                        report(total, total)
+                    yield response
 
     def _stream(
         self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None

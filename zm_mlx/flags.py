@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .budget import Budget
 from .calibration.finding import BESIDE, Search
 from .calibration.table import Table, TableError
+from .drafting import LOOKUP_TOKENS, MODEL_TOKENS
 from .engine import LIMITS
 from .errors import UserError
 from .phases import PIECE
@@ -23,7 +24,8 @@ from .terminal import say
 DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
 
 QUANTISED = "a quantised KV cache is mlx-lm's own"
-SPECULATIVE = "speculative decoding needs a cache that can be trimmed; use mlx_lm.generate"
+SPECULATIVE = "speculative decoding is zm_mlx.generate's"
+DRAFTS = ("draft_model", "num_draft_tokens")
 REFUSED = {
     "max_kv_size": "use --kv-budget, which holds for every model",
     "kv_bits": QUANTISED,
@@ -40,8 +42,8 @@ NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", r
 TEXTS = ("prompt", "system_prompt", "prefill_response", "chat_template_config", "extra_eos_token", "eos_token")
 
 
-def adopt(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
-    """Make a parser of mlx-lm ours: its name, errors, ranges, default model, and the flags that are refused."""
+def adopt(parser: argparse.ArgumentParser, command: str, served: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Make a parser of mlx-lm ours: its name, errors, ranges, default model, and flags refused but for ``served``."""
     parser.prog = f"python -m {command}"
     parser.error = _usage_error  # type: ignore[method-assign]
     # argparse's own drops what cannot be written.
@@ -49,13 +51,13 @@ def adopt(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentPar
     parser._negative_number_matcher = NEGATIVE
     ranges = {**RANGES, **LIMITS}
     for action in parser._actions:
-        if action.dest in ranges:
+        if action.dest in REFUSED and action.dest not in served:
+            action.default, action.type = None, None  # None says that the flag was not given, whatever its value
+            action.help = f"Refused here: {REFUSED[action.dest]}"
+        elif action.dest in ranges:
             action.type = _number(action, ranges[action.dest])
             words = (action.help or "").rstrip(".")
             action.help = f"{words}; {ranges[action.dest].words}".replace("%", "%%")
-        elif action.dest in REFUSED:  # None says that the flag was not given, whatever its value
-            action.default, action.type = None, None
-            action.help = f"Refused here: {REFUSED[action.dest]}"
         elif action.dest == "prompt":  # or --prompt-file
             action.required = False
     # None, not the default: a saved prompt names its own model.
@@ -131,17 +133,35 @@ def add_memory(group: Any) -> None:
     )
 
 
-def check(args: argparse.Namespace) -> None:
-    """What can be said without a model, for the flags that a command has.
+def add_draft(parser: argparse.ArgumentParser, group: Any) -> None:
+    """``--prompt-lookup`` beside mlx-lm's flags for a draft model."""
+    group.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="Speculative decoding without a draft model: where the last tokens came before in the prompt or the text, "
+        "propose what followed them there; faster where the text quotes its prompt",
+    )
+    _describe(parser, "draft_model", "A smaller model with the same tokens for speculative decoding")
+    parser.set_defaults(num_draft_tokens=None)
+    _describe(
+        parser,
+        "num_draft_tokens",
+        f"Tokens that are proposed at a time, {LIMITS['num_draft_tokens'].words[len('an integer from ') :]} "
+        f"(default: {MODEL_TOKENS}, with --prompt-lookup {LOOKUP_TOKENS})",
+    )
+
+
+def check(args: argparse.Namespace, served: Collection[str] = ()) -> None:
+    """What can be said without a model, for the flags that a command has; ``served`` as for ``adopt``.
 
     Raises:
         UserError: a flag that is refused, a text that cannot be encoded, or a value without meaning.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name, remedy in REFUSED.items():
-        if name in given:
+        if name in given and name not in served:
             raise UserError(f"{flag(name)} does not work here: {remedy}")
-    for name in ("model", "adapter_path", "prompt_file", "prompt_cache_file", "head_rows"):
+    for name in ("model", "draft_model", "adapter_path", "prompt_file", "prompt_cache_file", "head_rows"):
         if given.get(name, "name").strip() == "":
             raise UserError(f"{flag(name)} needs a name, not {given[name]!r}")
     for name in TEXTS:

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import flags, prompts
+from . import drafting, flags, prompts
 from .engine import Engine, Settings, mlx_lm_generate, random_state
 from .errors import UserError
 from .flags import DEFAULT_MODEL
@@ -23,7 +23,7 @@ from .host.wired import leave_wired_limit
 from .interrupts import INTERRUPTED
 from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
 from .policies import name_of
-from .report import Run, comparison, differences, plan_lines, run_lines
+from .report import Run, comparison, differences, draft_lines, plan_lines, run_lines
 from .saved_prompt import Saved
 from .terminal import guarded, prefill_bar, say, warn
 
@@ -35,7 +35,7 @@ COMPARED = ("full", "rotating")  # in this order: what the others are measured b
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's own parser and this package's flags."""
-    parser = flags.adopt(mlx_lm_generate.setup_arg_parser(), "zm_mlx.generate")
+    parser = flags.adopt(mlx_lm_generate.setup_arg_parser(), "zm_mlx.generate", flags.DRAFTS)
     parser.description = "Generate text in a KV cache of fixed size (ZeroMerge); mlx_lm.generate's flags and more"
     own = parser.add_argument_group("zm_mlx", f"Without --model, the package's small model is used: {DEFAULT_MODEL}")
     flags.add_prompt_file(own)
@@ -43,6 +43,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_head_rows(own)
     flags.add_policy(own)
     flags.add_memory(own)
+    flags.add_draft(parser, own)
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -68,10 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(argv: list[str] | None) -> int:
     args = setup_arg_parser().parse_args(argv)
-    flags.check(args)
+    flags.check(args, flags.DRAFTS)
+    asked = drafting.Asked(args.draft_model, args.prompt_lookup, args.num_draft_tokens, args.trust_remote_code)
     _check(args)
+    if asked:
+        _check_draft(args, asked)
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
-    engine, tokens, saved = _load(args, settings)
+    engine, tokens, saved = _load(args, settings, asked)
     wide = engine.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
@@ -83,6 +87,9 @@ def _generate(argv: list[str] | None) -> int:
     else:
         cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
     cache_set = settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force)
+    draft = drafting.load(asked, cache_set)
+    if draft is not None and draft.caches is not None and draft.model is not None:
+        settled(draft.model, draft.caches, len(tokens), settings.prefill_step_size, args.force)
     if args.no_wired_limit:
         leave_wired_limit()
     if args.verbose and wide:
@@ -91,7 +98,12 @@ def _generate(argv: list[str] | None) -> int:
         say("\n".join(plan_lines(cache_set.plan, cache_set.unmoved)))
     for complaint in cache_set.complaints:
         warn(complaint)
-    runs = _runs(engine, tokens, cache_set, settings, args.verbose, _beside(args.compare))
+    if args.verbose and draft is not None:
+        say("\n".join(draft_lines(draft)))
+    if draft is not None:
+        runs = [_run(engine, tokens, cache_set, settings, args.verbose, draft)]
+    else:
+        runs = _runs(engine, tokens, cache_set, settings, args.verbose, _beside(args.compare))
     if args.verbose:
         say("=" * 10)
         say("\n".join(run_lines(runs[-1])))
@@ -102,12 +114,13 @@ def _generate(argv: list[str] | None) -> int:
     return INTERRUPTED if runs[-1].finish_reason == "interrupted" else 0
 
 
-def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[int], Saved]:
+def _load(args: argparse.Namespace, settings: Settings, asked: drafting.Asked) -> tuple[Engine, list[int], Saved]:
     """The model, the prompt's tokens and what a saved prompt says of itself; what is wrong shows before the weights.
 
     Args:
         args: checked.
         settings: their seed is set here, before the model, as in mlx-lm: a model draws its first weights.
+        asked: a draft, of whose model the tokenizer is compared.
     """
     options = flags.template_options(args.chat_template_config)
     chat = prompts.Chat(args.system_prompt, args.prefill_response, options, args.ignore_chat_template)
@@ -116,6 +129,8 @@ def _load(args: argparse.Namespace, settings: Settings) -> tuple[Engine, list[in
     source = saved.source(args.model, args.adapter_path, args.trust_remote_code)
     vocabulary = load_vocabulary(source)
     flags.check_vocabulary(settings.sampling, vocabulary.size)
+    if asked.source is not None:
+        drafting.require_same_tokens(asked.source, vocabulary, source.name)
     for token in args.extra_eos_token:
         vocabulary.add_eos(token)
     if args.use_default_chat_template and not vocabulary.tokenizer.has_chat_template:
@@ -148,12 +163,19 @@ def _runs(
     return runs
 
 
-def _run(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Settings, verbose: bool) -> Run:
+def _run(
+    engine: Engine,
+    tokens: list[int],
+    cache_set: CacheSet,
+    settings: Settings,
+    verbose: bool,
+    draft: drafting.Draft | None = None,
+) -> Run:
     """Generate once, streaming the text; Ctrl-C ends it with what there is."""
     mx.reset_peak_memory()
     if verbose:
         say("=" * 10)
-    run = Run(cache_set.kind, len(tokens))
+    run = Run(cache_set.kind, len(tokens), draft=None if draft is None else draft.name)
     bar = prefill_bar(len(tokens), verbose)
 
     def progress(done: int, total: int) -> None:
@@ -163,7 +185,7 @@ def _run(engine: Engine, tokens: list[int], cache_set: CacheSet, settings: Setti
             bar.close()
 
     try:
-        for response in engine.generate(tokens, cache_set.every, settings, progress):
+        for response in engine.generate(tokens, cache_set.every, settings, progress, draft):
             run.add(response)
             if verbose:
                 say(response.text, end="")
@@ -198,6 +220,19 @@ def _check(args: argparse.Namespace) -> None:
     if saved and args.system_prompt is not None:
         raise UserError(
             "--system-prompt does not go with --prompt-cache-file: the saved prompt holds already what comes before"
+        )
+
+
+def _check_draft(args: argparse.Namespace, asked: drafting.Asked) -> None:
+    """Flags that do not go with a draft."""
+    if args.compare is not None:
+        raise UserError(f"--compare does not go with {asked.flag}: caches are compared without a draft")
+    if args.cache == "rotating":
+        raise UserError(f"--cache rotating does not go with {asked.flag}: it cannot give rejected tokens back")
+    if asked.model is not None and args.prompt_cache_file is not None:
+        raise UserError(
+            "--draft-model does not go with --prompt-cache-file: the draft model has not read the saved prompt; "
+            "--prompt-lookup does"
         )
 
 

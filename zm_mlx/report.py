@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .drafting import Draft
 from .host.caches import CacheSet
 from .host.plan import Plan
 from .phases import PIECE
@@ -33,6 +34,8 @@ class Run:
     state: str | None = None
     peak_memory: int = 0
     predicted_memory: int | None = None
+    draft: str | None = None  # what proposed tokens
+    accepted: int = 0  # of the tokens, how many were proposed
     finish_reason: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -43,6 +46,7 @@ class Run:
     def add(self, response: Any) -> None:
         """One response of mlx-lm."""
         self.tokens.append(response.token)
+        self.accepted += response.from_draft
         self.text += response.text
         self.finish_reason = response.finish_reason
 
@@ -74,6 +78,7 @@ class Run:
         return len(self.tokens) / self.generation_seconds if self.generation_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
+        drafted = {} if self.draft is None else {"draft": {"by": self.draft, "accepted_tokens": self.accepted}}
         return {
             "cache": self.cache,
             "prompt_tokens": self.prompt_tokens,
@@ -85,6 +90,7 @@ class Run:
             "full_kv_bytes": self.full_bytes,
             "peak_memory_bytes": self.peak_memory,
             "predicted_memory_bytes": self.predicted_memory,
+            **drafted,
             "finish_reason": self.finish_reason,
             "text": self.text,
         }
@@ -136,6 +142,17 @@ def plan_lines(plan: Plan, unmoved: int = 0) -> list[str]:
     return lines
 
 
+def draft_lines(draft: Draft) -> list[str]:
+    """What proposes tokens, and what its caches take."""
+    lines = [f"Draft: {draft.name}, up to {draft.count} tokens at a time"]
+    plan = None if draft.caches is None else draft.caches.plan
+    if plan is not None:
+        lines.append(f"Draft: {span([n for a in plan.layouts for n in a.rows])} rows per head, {size(plan.nbytes)}")
+    elif draft.caches is not None:
+        lines.append("Draft: in full caches, which grow with every token")
+    return lines
+
+
 def _score(plan: Plan, unmoved: int) -> str:
     """What importance is, in words."""
     score = plan.policy.score
@@ -154,6 +171,8 @@ def run_lines(run: Run) -> list[str]:
         f"Prompt: {run.prompt_done} of {run.prompt_tokens} tokens, {run.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {len(run.tokens)} tokens, {run.generation_tps:.3f} tokens-per-sec",
     ]
+    if run.draft is not None:
+        lines.append(f"Draft: {run.accepted} of {len(run.tokens)} tokens came from it")
     kv = f"KV cache: {size(run.kv_bytes)} now"
     if run.full_bytes and run.cache != "full":
         kv += f", {size(run.full_bytes)} in a full cache ({run.kv_bytes / run.full_bytes:.2f} x)"

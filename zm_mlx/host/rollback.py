@@ -5,9 +5,10 @@ call is taken once more from there, through the usual way: rows, scores, a compa
 run again. So compactions come where they would come without a draft, and so do the tokens.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -117,11 +118,19 @@ class Scope:
         k: tokens of a draft.
         reading: whether calls belong to a prompt, however short.
         most: tokens since the scope's begin that are accepted, as far as is known.
+        outside: the exception that was being handled at its begin.
     """
 
     k: int
     reading: bool = False
     most: int | None = None
+    outside: BaseException | None = field(default_factory=lambda: sys.exc_info()[1])
+
+    @property
+    def unwinding(self) -> bool:
+        """Whether an exception is on its way out of what runs in the scope; the end of a generator is none."""
+        error = sys.exc_info()[1]
+        return not (error is None or error is self.outside or isinstance(error, GeneratorExit))
 
 
 class Entry(NamedTuple):
@@ -181,9 +190,10 @@ class Log:
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2), state, phase
 
     def trim(self, cache: ZeroMergeCache, n: int) -> int:
-        """Take back the last n tokens of a cache, at most those that came since this was called last.
+        """Take back the last n tokens of a cache.
 
-        An exception lets mlx-lm call it once more for the same tokens.
+        Where an exception broke off a call of the model, mlx-lm counts by the call before it, of whose tokens it took
+        back some already: then at most those that came since.
 
         Returns:
             n.
@@ -191,7 +201,7 @@ class Log:
         Raises:
             ValueError: fewer can be taken back.
         """
-        back = max(0, min(n, self._seen(cache) - self._checked))
+        back = max(0, min(n, self._seen(cache) - self._checked)) if self.scope.unwinding else n
         if back > self.held:
             raise ValueError(
                 f"{back} tokens are to be taken back, and zm_mlx.rollback holds {self.held}: give it the number of "
