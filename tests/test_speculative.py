@@ -1,4 +1,4 @@
-"""Speculative decoding gives the tokens of decoding without a draft, whatever is drafted; the command says what fails."""
+"""Speculative decoding gives the tokens of decoding without a draft, whatever is drafted; errors name the flag."""
 
 import importlib
 import json
