@@ -3,6 +3,7 @@
 It judges prompts, not the tokens generated after them: in a cache of fixed size those take no more.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,14 +14,14 @@ from .caches import CacheSet, zeromerge
 from .memory import free_bytes
 from .model_caches import zero_merge
 from .plan import AS_ASKED, Plan
-from .predicting import Load, Prediction, bound, predict
+from .predicting import Load, Prediction, bound, least, predict
 from .probe import probe
-from .remedies import remedies
+from .remedies import SMALLEST_STEP, remedies
 
 __all__ = ["Load", "Prediction", "guard", "settled"]
 
 FAR = 2  # times as much is free as a bound says: nothing needs to be measured
-LOOSE = 4  # times the truth a bound is, at most
+NAMED = 0.97  # of what is free, which changes until a remedy is tried
 
 
 def guard(model: nn.Module, plan: Plan, load: Load, force: bool = False) -> Prediction:
@@ -81,13 +82,14 @@ class _Judge:
         mx.clear_cache()
         self.model = model
         self.room = free_bytes(reserve=0)
+        self._measured: dict[tuple[Plan, Load], Prediction] = {}
 
     def require(self, plan: Plan, load: Load, force: bool) -> Prediction:
         found = self.prediction(plan, load)
         if self.room is None or found.new <= self.room or force:
             return found
         what = f"the prompt of {load.prompt_tokens} tokens" if load.sequences == 1 else f"{load.sequences} sequences"
-        fits = remedies(lambda p, x: self.prediction(p, x).new, plan, load, self.room)
+        fits = remedies(lambda p, x: self.prediction(p, x).new, plan, load, int(NAMED * self.room))
         help = f"what fits: {' or '.join(fits)}" if fits else "no smaller budget or step fits either"
         raise MemoryGuardError(
             f"{what} would take {found.new / 1e9:.3f} GB beside the model ({found.caches / 1e9:.3f} GB for the KV "
@@ -103,7 +105,18 @@ class _Judge:
         most = bound(self.model, plan, load)
         if self.room is None or FAR * most.new < self.room:
             return most
-        least = replace(most, reading=max(load.prompts * plan.prompt_bytes, most.reading // LOOSE))
-        if least.new > self.room:  # measuring might not fit itself
-            return least
-        return predict(self.model, plan, load)
+        least = caches_alone(plan, load)
+        return least if least.new > self.room else self._measured(plan, load, self.room)
+
+    def _measured(self, plan: Plan, load: Load, room: int) -> Prediction:
+        """With calls of the model that surely fit; what longer ones take is on a line through two of these."""
+        step = load.step
+        while step > SMALLEST_STEP and bound(self.model, plan, replace(load, step=step)).reading > room:
+            step = max(SMALLEST_STEP, step // 2)
+        found = predict(self.model, plan, replace(load, step=step))
+        if step == load.step:
+            return found
+        shorter = step // 2
+        slope = (found.reading - predict(self.model, plan, replace(load, step=shorter)).reading) / (step - shorter)
+        more = max(0.0, slope) * (min(load.step, load.prompt_tokens) - step)
+        return replace(found, reading=found.reading + round(more))

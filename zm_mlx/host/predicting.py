@@ -10,13 +10,14 @@ import mlx.nn as nn
 
 from ..ops.plain.attention import LOGIT_BYTES
 from ..phases import PIECE
+from ..state.layout import LayerShape, Layout
 from .measuring import measure
 from .plan import Plan
 
 EXPERTS = 8  # of a layer of experts that a token goes through, at most
 LIVE = 3  # times what all products of a layer give, that live at the same time
 LOGITS = 6  # arrays of the size of attention's logits that live at the same time
-STORES = 6  # arrays of the size of a layer's rows
+STORES = 3  # times a layer's rows live at the same time
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Load:
         if self.prompts > self.sequences:
             raise ValueError(f"{self.prompts} prompts at a time are more than {self.sequences} sequences")
 
+    @property
+    def whole_step(self) -> int:
+        """Tokens of a prompt in the longest call of the model."""
+        return min(self.step, self.prompt_tokens)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -79,42 +85,49 @@ def predict(model: nn.Module, plan: Plan, load: Load) -> Prediction:
     the memory of a few layers for a moment, and a share of the time that the prompt will take.
     """
     mx.eval(model.parameters())  # what a change of dtype left to be computed
-    found = _least(plan, load)
+    found = _caches(plan, load)
     together = load.prompts if plan.prefill == "streaming" else 1
-    tokens, step = together * load.prompt_tokens, together * min(load.step, load.prompt_tokens)
+    tokens, step = together * load.prompt_tokens, together * load.whole_step
     reading = measure(model, plan, tokens, step, load.seen)
     others = (load.prompts - 1) * plan.prompt_bytes if together > 1 else (load.prompts - 1) * reading
     return replace(found, reading=reading + others, measured=True)
 
 
 def bound(model: nn.Module, plan: Plan, load: Load) -> Prediction:
-    """No less than the peak, with neither time nor memory taken: up to ``LIVE`` times as much.
+    """No less than the peak, with neither time nor memory taken.
 
     The terms are those of what a layer computes: all of its products of all tokens of a call, in float32; the logits
-    of a block of attention; and a layer's rows, of which a compaction makes others.
+    of a block of attention; and its rows, which it writes anew when a piece begins and when it compacts.
     """
-    together = min(load.step, load.prompt_tokens)
-    products = LIVE * 4 * load.prompts * together * _widest(model)
+    call = min(load.step, load.prompt_tokens)
+    products = LIVE * 4 * load.prompts * call * _widest(model)
     heads, whole = max(s.query_heads for s in plan.shapes), plan.prefill == "exact"
     block = PIECE if plan.policy.replays else max(a.staging for a in plan.layouts)
-    block = together if whole and not plan.policy.replays else min(block, together)
+    block = call if whole and not plan.policy.replays else min(block, call)
     rows = load.prompt_tokens if whole else max(n for a in plan.layouts for n in a.rows) + PIECE
     logits = LOGITS * min(4 * heads * block * rows, LOGIT_BYTES)
-    if plan.shapes[0].itemsize < 4 and mx.default_device() == mx.cpu:  # each query has a copy of all rows (half.py)
+    wide = any(s.itemsize < 4 for s in plan.shapes)
+    if wide and mx.default_device() == mx.cpu:  # each query has a copy of all rows (half.py)
         block = max(1, min(block, LOGIT_BYTES // (4 * heads * rows)))
         logits += 4 * block * rows * max(s.heads * (s.head_dim + s.value_dim) for s in plan.shapes)
-    stores = max(
-        a.nbytes(s) + plan.prompt_bytes // len(plan.layouts) for a, s in zip(plan.layouts, plan.shapes, strict=True)
-    )
-    wide = 4 // min(4, *(s.itemsize for s in plan.shapes))  # rows of 16 bits are converted
-    reading = products + logits + STORES * wide * stores + load.prompts * plan.prompt_bytes
-    return replace(_least(plan, load), reading=reading)
+    stores = max(_rewritten(a, s, load) for a, s in zip(plan.layouts, plan.shapes, strict=True))
+    stores += plan.prompt_bytes // len(plan.layouts)
+    reading = products + logits + STORES * (1 + wide) * stores + load.prompts * plan.prompt_bytes
+    return replace(caches_alone(plan, load), reading=reading)
 
 
-def _least(plan: Plan, load: Load) -> Prediction:
-    """The caches alone."""
+def caches_alone(plan: Plan, load: Load) -> Prediction:
+    """No more than the peak: what is stored, as if nothing was computed."""
     caches = load.sequences * (plan.nbytes + plan.other_bytes) - load.held
-    return Prediction(mx.get_active_memory(), max(0, caches), 0, False)
+    more = plan.full_bytes(load.prompt_tokens) - plan.nbytes if plan.prefill == "exact" else 0
+    return Prediction(mx.get_active_memory(), max(0, caches), load.prompts * max(0, more), False)
+
+
+def _rewritten(layout: Layout, shape: LayerShape, load: Load) -> int:
+    """Bytes of a layer's rows that a compaction makes anew: of the recent ones alone, while no token has to leave."""
+    if load.seen + load.prompt_tokens > layout.proximity:
+        return layout.nbytes(shape)
+    return layout.recent * shape.token_bytes
 
 
 def _widest(model: nn.Module) -> int:
