@@ -14,7 +14,7 @@ from .caches import CacheSet, zeromerge
 from .memory import free_bytes
 from .model_caches import zero_merge
 from .plan import AS_ASKED, Plan
-from .predicting import Load, Prediction, bound, least, predict
+from .predicting import Load, Prediction, bound, caches_alone, predict
 from .probe import probe
 from .remedies import SMALLEST_STEP, remedies
 
@@ -82,7 +82,7 @@ class _Judge:
         mx.clear_cache()
         self.model = model
         self.room = free_bytes(reserve=0)
-        self._measured: dict[tuple[Plan, Load], Prediction] = {}
+        self._known: dict[tuple[Plan, Load], Prediction] = {}
 
     def require(self, plan: Plan, load: Load, force: bool) -> Prediction:
         found = self.prediction(plan, load)
@@ -101,22 +101,34 @@ class _Judge:
         return self.room is not None and self.prediction(plan, load).new > self.room
 
     def prediction(self, plan: Plan, load: Load) -> Prediction:
-        """Measured, unless that could change nothing."""
-        most = bound(self.model, plan, load)
+        """Measured, unless that could change nothing, or might itself take more than is free."""
+        most, held = bound(self.model, plan, load), caches_alone(plan, load)
         if self.room is None or FAR * most.new < self.room:
             return most
-        least = caches_alone(plan, load)
-        return least if least.new > self.room else self._measured(plan, load, self.room)
+        if held.new > self.room:
+            return held
+        steps = [load.whole_step]
+        while steps[0] > SMALLEST_STEP and bound(self.model, plan, replace(load, step=steps[0])).new > self.room:
+            steps.insert(0, max(SMALLEST_STEP, steps[0] // 2))
+        return self._climb(plan, [replace(load, step=step) for step in steps], self.room)
 
-    def _measured(self, plan: Plan, load: Load, room: int) -> Prediction:
-        """With calls of the model that surely fit; what longer ones take is on a line through two of these."""
-        step = load.step
-        while step > SMALLEST_STEP and bound(self.model, plan, replace(load, step=step)).reading > room:
-            step = max(SMALLEST_STEP, step // 2)
-        found = predict(self.model, plan, replace(load, step=step))
-        if step == load.step:
-            return found
-        shorter = step // 2
-        slope = (found.reading - predict(self.model, plan, replace(load, step=shorter)).reading) / (step - shorter)
-        more = max(0.0, slope) * (min(load.step, load.prompt_tokens) - step)
-        return replace(found, reading=found.reading + round(more))
+    def _climb(self, plan: Plan, loads: Sequence[Load], room: int) -> Prediction:
+        """Of the last load, whose calls are the longest; each but the first is about twice as long as the last one.
+
+        What a call takes grows with its length, and never faster than between two shorter ones. So this says, before
+        it is measured, whether it fits: at most twice as much as is true, and hardly more where products decide.
+        """
+        found = self._measured(plan, loads[0])
+        before = found.reading // 2
+        for load in loads[1:]:
+            expected = replace(found, reading=3 * found.reading - 2 * before, measured=False)
+            if expected.new > room:
+                return expected
+            before, found = found.reading, self._measured(plan, load)
+        return found
+
+    def _measured(self, plan: Plan, load: Load) -> Prediction:
+        """Each once: remedies ask again."""
+        if (plan, load) not in self._known:
+            self._known[plan, load] = predict(self.model, plan, load)
+        return self._known[plan, load]

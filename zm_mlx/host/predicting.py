@@ -85,7 +85,7 @@ def predict(model: nn.Module, plan: Plan, load: Load) -> Prediction:
     the memory of a few layers for a moment, and a share of the time that the prompt will take.
     """
     mx.eval(model.parameters())  # what a change of dtype left to be computed
-    found = _caches(plan, load)
+    found = caches_alone(plan, load)
     together = load.prompts if plan.prefill == "streaming" else 1
     tokens, step = together * load.prompt_tokens, together * load.whole_step
     reading = measure(model, plan, tokens, step, load.seen)
@@ -99,7 +99,7 @@ def bound(model: nn.Module, plan: Plan, load: Load) -> Prediction:
     The terms are those of what a layer computes: all of its products of all tokens of a call, in float32; the logits
     of a block of attention; and its rows, which it writes anew when a piece begins and when it compacts.
     """
-    call = min(load.step, load.prompt_tokens)
+    call = load.whole_step
     products = LIVE * 4 * load.prompts * call * _widest(model)
     heads, whole = max(s.query_heads for s in plan.shapes), plan.prefill == "exact"
     block = PIECE if plan.policy.replays else max(a.staging for a in plan.layouts)
