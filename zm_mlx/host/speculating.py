@@ -58,10 +58,15 @@ def speculative_generate_step(
         with mx.stream(stream):
             fill([(draft_model, prompt_cache[split:]), (model, prompt_cache[:split])], prompt[:-1], prefill_step_size)
         prompt = prompt[-1:]
-    elif zero_merge((prompt_cache or [])[len(model.layers) :]):
+    elif _drafts_alone(prompt_cache or [], len(model.layers)):
         raise ValueError("the draft model's caches must be in a scope of zm_mlx.rollback")
     more |= {"prompt_cache": prompt_cache, "prefill_step_size": prefill_step_size}
     yield from _counted(_original(prompt, model, draft_model, stream, **more), prompt_cache or [])
+
+
+def _drafts_alone(caches: list[Any], split: int) -> bool:
+    """Whether the draft model's caches cannot give back and the model's can; else mlx-lm says what it refuses."""
+    return bool(zero_merge(caches[split:])) and all(c.is_trimmable() for c in caches[:split])
 
 
 def fill(readers: Sequence[Reader], tokens: mx.array, step: int, progress: Progress | None = None) -> None:
