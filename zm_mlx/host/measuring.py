@@ -20,7 +20,7 @@ from .model_caches import zero_merge
 from .plan import Plan
 from .prefill import prefill
 
-LAYERS = 2  # with full attention: one whole, and the attention of the next
+LAYERS = 3  # with full attention: what is computed runs ahead into the next ones
 
 
 def measure(model: nn.Module, plan: Plan, tokens: int, step: int, seen: int = 0) -> int:
@@ -74,13 +74,14 @@ class End:
     def of(cls, plan: Plan, tokens: int, step: int, seen: int) -> "End":
         """Whole calls in which a piece is filled, the last, shorter call, and the one-token call that ends a prompt.
 
-        In a streaming cache the whole calls come once before the first tokens are merged or evicted, for attention
-        takes another way then, and once afterwards.
+        One more whole call where a prompt is held: the others find the queries that it leaves. In a streaming cache
+        the whole calls come once before the first tokens are merged or evicted, for attention takes another way
+        then, and once afterwards.
         """
         calls = max(1, -(-PIECE // step)) if plan.policy.replays else 1
         whole, last = divmod(tokens - 1, step)
         if plan.prefill == "exact":
-            before = tokens - 1 - last - min(calls, whole) * step
+            before = tokens - 1 - last - min(calls + 1, whole) * step
             before -= before % PIECE
             return cls(before, tokens - before, step)
         rest = min(2 * calls, whole) * step + last + 1

@@ -17,7 +17,7 @@ from .plan import Plan
 EXPERTS = 8  # of a layer of experts that a token goes through, at most
 LIVE = 3  # times what all products of a layer give, that live at the same time
 LOGITS = 6  # arrays of the size of attention's logits that live at the same time
-STORES = 3  # times a layer's rows live at the same time
+STORES = 6  # times a layer's rows live at the same time
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ def bound(model: nn.Module, plan: Plan, load: Load) -> Prediction:
     The terms are those of what a layer computes: all of its products of all tokens of a call, in float32; the logits
     of a block of attention; and its rows, which it writes anew when a piece begins and when it compacts.
     """
-    call = load.whole_step
+    twice = plan.policy.score == "reread"  # the second time a piece in one call
+    call = max(load.whole_step, min(PIECE, load.prompt_tokens)) if twice else load.whole_step
     products = LIVE * 4 * load.prompts * call * _widest(model)
     heads, whole = max(s.query_heads for s in plan.shapes), plan.prefill == "exact"
-    block = PIECE if plan.policy.replays else max(a.staging for a in plan.layouts)
+    block = PIECE if plan.policy.replays or twice else max(a.staging for a in plan.layouts)
     block = call if whole and not plan.policy.replays else min(block, call)
     rows = load.prompt_tokens if whole else max(n for a in plan.layouts for n in a.rows) + PIECE
     logits = LOGITS * min(4 * heads * block * rows, LOGIT_BYTES)
