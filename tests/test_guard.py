@@ -135,7 +135,7 @@ def test_sequences_and_prompts_count(free):
 
 @pytest.mark.parametrize("wrong", [(0, 1), (1, 0), (1, 1, 0), (1, 1, 1, 2), (1, 1, 1, 1, -1)])
 def test_a_load_without_meaning_is_refused(wrong):
-    with pytest.raises(ValueError, match="must be|more than"):
+    with pytest.raises(ValueError, match=r"must be|more than"):
         Load(*wrong)
 
 
