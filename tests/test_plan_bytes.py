@@ -9,7 +9,7 @@ from zm_mlx.phases import PIECE
 from zm_mlx.policies import Policy
 from zm_mlx.report import plan_lines
 
-TOKENS = 3 * PIECE + 400  # the last call leaves a piece that is not full
+TOKENS = 2 * PIECE + 400  # the last call leaves a piece that is not full
 
 
 def held(model, plan):
