@@ -5,18 +5,20 @@ It judges prompts, not the tokens generated after them: in a cache of fixed size
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MemoryGuardError
+from ..phases import PIECE
 from .caches import CacheSet, zeromerge
 from .memory import free_bytes
 from .model_caches import zero_merge
 from .plan import AS_ASKED, Plan
 from .predicting import Load, Prediction, bound, caches_alone, predict
 from .probe import probe
-from .remedies import SMALLEST_STEP, remedies
+from .remedies import SMALLEST_STEP, remedies, shorter
 
 __all__ = ["Load", "Prediction", "guard", "settled"]
 
@@ -109,23 +111,28 @@ class _Judge:
             return held
         steps = [load.whole_step]
         while steps[0] > SMALLEST_STEP and bound(self.model, plan, replace(load, step=steps[0])).new > self.room:
-            steps.insert(0, max(SMALLEST_STEP, steps[0] // 2))
-        return self._climb(plan, [replace(load, step=step) for step in steps], self.room)
+            steps.insert(0, shorter(steps[0]))
+        if len(steps) == 1:
+            return self._measured(plan, load)
+        return self._climb(plan, [replace(load, step=step) for step in (shorter(steps[0]), *steps)], self.room)
 
     def _climb(self, plan: Plan, loads: Sequence[Load], room: int) -> Prediction:
-        """Of the last load, whose calls are the longest; each but the first is about twice as long as the last one.
+        """Of the last load, whose calls are the longest; each other one has about half the length of the next.
 
-        What a call takes grows with its length, and never faster than between two shorter ones. So this says, before
-        it is measured, whether it fits: at most twice as much as is true, and hardly more where products decide.
+        The shortest are measured first, and each next one if what it takes will fit, by a line through the last two: it
+        grows with the length of calls, and hardly ever faster. Measuring what does not fit might end the process.
         """
-        found = self._measured(plan, loads[0])
-        before = found.reading // 2
-        for load in loads[1:]:
-            expected = replace(found, reading=3 * found.reading - 2 * before, measured=False)
+        now, after = (self._measured(plan, load) for load in loads[:2])
+        for load, longer in pairwise(loads[1:]):
+            before, now = now, after
+            more = max(0, 2 * (now.reading - before.reading))
+            if plan.prefill == "streaming" and PIECE % longer.step and not PIECE % load.step:
+                more = max(more, now.reading)  # pieces end inside of calls from here on, which hold two of them
+            expected = replace(now, reading=now.reading + more, measured=False)
             if expected.new > room:
                 return expected
-            before, found = found.reading, self._measured(plan, load)
-        return found
+            after = self._measured(plan, longer)
+        return after
 
     def _measured(self, plan: Plan, load: Load) -> Prediction:
         """Each once: remedies ask again."""

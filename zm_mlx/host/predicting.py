@@ -103,8 +103,9 @@ def bound(model: nn.Module, plan: Plan, load: Load) -> Prediction:
     call = max(load.whole_step, min(PIECE, load.prompt_tokens)) if twice else load.whole_step
     products = LIVE * 4 * load.prompts * call * _widest(model)
     heads, whole = max(s.query_heads for s in plan.shapes), plan.prefill == "exact"
-    block = PIECE if plan.policy.replays or twice else max(a.staging for a in plan.layouts)
-    block = call if whole and not plan.policy.replays else min(block, call)
+    block = call if whole else min(call, max(a.staging for a in plan.layouts))
+    if plan.policy.replays or twice:  # a piece, however short calls are
+        block = max(block, min(PIECE, load.prompt_tokens))
     rows = load.prompt_tokens if whole else max(n for a in plan.layouts for n in a.rows) + PIECE
     logits = LOGITS * min(4 * heads * block * rows, LOGIT_BYTES)
     wide = any(s.itemsize < 4 for s in plan.shapes)

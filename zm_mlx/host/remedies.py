@@ -55,9 +55,14 @@ def _streaming(plan: Plan) -> Plan:
     return replace(plan, prefill="streaming")
 
 
+def shorter(step: int) -> int:
+    """The largest power of 2 below a number of tokens; of 1 that itself."""
+    return 1 << max(0, (step - 1).bit_length() - 1)
+
+
 def _step(need: Need, plan: Plan, load: Load, room: int) -> int | None:
     """The largest power of 2 below the step (and the prompt) that fits."""
-    step = 1 << (min(load.step, load.prompt_tokens) - 1).bit_length() - 1
+    step = shorter(load.whole_step)
     if step < SMALLEST_STEP or need(plan, replace(load, step=SMALLEST_STEP)) > room:
         return None
     while step > SMALLEST_STEP and need(plan, replace(load, step=step)) > room:
