@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from . import flags, prompts
+from . import drafting, flags, prompts
 from .budget import Budget
 from .chatting import commands, lines
 from .chatting.interrupting import Interrupts
@@ -24,7 +24,7 @@ from .host import caches
 from .host.caches import Wish
 from .host.wired import leave_wired_limit
 from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
-from .report import Run, plan_lines
+from .report import Run, draft_lines, plan_lines
 from .saved_prompt import Saved
 from .terminal import complain, guarded, one_line, prefill_bar, say, warn
 
@@ -53,6 +53,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_head_rows(own)
     flags.add_policy(own)
     flags.add_memory(own)
+    flags.add_draft(parser, own)
     return parser
 
 
@@ -63,11 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _chat(argv: list[str] | None) -> int:
     args = setup_arg_parser().parse_args(argv)
-    flags.check(args)
+    flags.check(args, flags.DRAFTS)
+    asked = drafting.Asked(args.draft_model, args.prompt_lookup, args.num_draft_tokens, args.trust_remote_code)
     _check(args)
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
     someone = lines.interactive()
-    session = _session(args, settings, someone)
+    session = _session(args, settings, someone, asked)
     if args.no_wired_limit:
         leave_wired_limit()
     _warn(session)
@@ -77,12 +79,14 @@ def _chat(argv: list[str] | None) -> int:
     return 0
 
 
-def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Session:
+def _session(args: argparse.Namespace, settings: Settings, shown: bool, asked: drafting.Asked) -> Session:
     """The model and the conversation that the flags ask for; what is wrong shows before the weights."""
     saved = Saved.read(args.prompt_cache_file)
     source = saved.source(args.model, args.adapter_path, args.trust_remote_code)
     vocabulary = load_vocabulary(source)
     flags.check_vocabulary(settings.sampling, vocabulary.size)
+    if asked.source is not None:
+        drafting.require_same_tokens(asked.source, vocabulary, source.name)
     prompts.uses_template(vocabulary.tokenizer, prompts.Chat(args.system_prompt))
     mx.random.seed(settings.sampling.seed or 0)  # before the model, as in mlx-lm
     engine = Engine(load_model(source), vocabulary.tokenizer, source.name)
@@ -98,6 +102,9 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Sessi
             raise UserError(f"--prompt-cache-file {args.prompt_cache_file}: {error}") from error
     elif args.system_prompt is not None:
         session.begin(args.system_prompt)
+    draft = drafting.load(asked, session.conversation.caches)
+    if draft is not None:
+        session.speculate(draft)
     if shown:
         if wide:
             say(WIDENED)
@@ -105,6 +112,8 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool) -> Sessi
             say("\n".join(plan_lines(session.plan, session.conversation.caches.unmoved)))
         else:
             say(f"Loaded: {commands.facts(session)}")
+        if draft is not None:
+            say("\n".join(draft_lines(draft)))
     return session
 
 
@@ -202,6 +211,8 @@ def _closing(run: Run, waiting: int, interrupted: bool, settings: Settings) -> s
         f"read {read} tokens, {run.prompt_tps:.1f} tokens-per-sec",
         f"answered {len(run.tokens)}, {run.generation_tps:.1f} tokens-per-sec",
     ]
+    if run.accepted:
+        parts.append(f"{run.accepted} of them drafted")
     if interrupted:
         parts.append("interrupted" + (", the next turn reads the rest" if waiting else ""))
     elif run.finish_reason == "length":

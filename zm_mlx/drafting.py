@@ -1,7 +1,7 @@
 """Speculative decoding for a command: what proposes tokens, loaded and checked, and how many at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -21,12 +21,16 @@ LOOKUP = "prompt lookup"
 
 @dataclass(frozen=True)
 class Draft:
-    """What proposes up to ``count`` tokens at a time: a model with caches of its own, or without one prompt lookup."""
+    """What proposes up to ``count`` tokens at a time: a model with caches of its own, or without one prompt lookup.
+
+    ``before`` are tokens that came before the prompt, which prompt lookup finds too.
+    """
 
     count: int
     name: str = LOOKUP
     model: nn.Module | None = None
     caches: CacheSet | None = None
+    before: Sequence[int] = ()
 
     @property
     def every(self) -> list[Any]:
@@ -103,6 +107,13 @@ def load(asked: Asked, main: CacheSet) -> Draft | None:
         return Draft(asked.tokens)
     model = load_model(asked.source)
     return Draft(asked.tokens, asked.source.name, model, caches_for(model, asked.source.name, main))
+
+
+def renewed(draft: Draft, main: CacheSet) -> Draft:
+    """The same draft beside other caches of the main model; its own ones are empty."""
+    if draft.model is None:
+        return draft
+    return replace(draft, caches=caches_for(draft.model, draft.name, main))
 
 
 def caches_for(draft: nn.Module, name: str, main: CacheSet) -> CacheSet:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from .drafting import Draft
 from .host.lookup import PromptLookup
-from .host.model_caches import zero_merge
+from .host.model_caches import members, zero_merge
 from .host.prefill import STEP, Progress, prefill
 from .host.rollback import rollback
 from .host.speculating import fill
@@ -88,10 +88,14 @@ class Engine:
     def _speculate(
         self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None, draft: Draft
     ) -> Iterator[Any]:
-        """``generate`` with a draft: both read the prompt but for its last token, then the caches can give back."""
+        """``generate`` with a draft: both read the prompt but for its last token, then the caches can give back.
+
+        At the end, or where whoever listens has heard enough, they hold all that was given, as without a draft.
+        """
         total, step = len(tokens), settings.prefill_step_size
         report = progress or (lambda done, total: None)
         readers = [(draft.model, draft.every)] if draft.model is not None else []
+        begun = [(model, own, _seen(own)) for model, own in [*readers, (self.model, caches)]]
         prompt = mx.array(tokens[:-1])
         with mlx_lm_generate.wired_limit(self.model):
             if total > 1 and _read_twice(caches):
@@ -99,23 +103,28 @@ class Engine:
                 fill(readers, prompt, step)
             else:
                 fill([*readers, (self.model, caches)], prompt, step, lambda done, _: report(done, total))
-        every = [*caches, *draft.every]
+        every, known = [*caches, *draft.every], list(tokens)
         with rollback(every, draft.count):
             responses = mlx_lm_generate.stream_generate(
                 self.model,
                 self.tokenizer,
                 mx.array(tokens[-1:]),
                 max_tokens=LARGEST if settings.max_tokens < 0 else settings.max_tokens,  # mlx-lm drafts up to a limit
-                draft_model=PromptLookup(tokens[:-1]) if draft.model is None else draft.model,
+                draft_model=PromptLookup([*draft.before, *tokens[:-1]]) if draft.model is None else draft.model,
                 num_draft_tokens=draft.count,
                 sampler=settings.sampling.sampler(self.tokenizer),
                 prompt_cache=every,
             )
-            with contextlib.closing(responses):  # what was not accepted is taken back within the scope
-                for n, response in enumerate(responses):
-                    if n == 0:
+            # What was not accepted is taken back within the scope, also where nobody wants to hear more.
+            with contextlib.suppress(GeneratorExit), contextlib.closing(responses):
+                for response in responses:
+                    known.append(response.token)
+                    if len(known) == total + 1:
                         report(total, total)
                     yield response
+        if len(known) > total:
+            for model, own, start in begun:
+                fill([(model, own)], mx.array(known[_seen(own) - start :]), 1)
 
     def _stream(
         self, tokens: list[int], caches: list[Any], settings: Settings, progress: Progress | None
@@ -141,6 +150,11 @@ class Engine:
             mx.array(tokens), self.model, max_tokens=0, prompt_cache=caches, prompt_progress_callback=progress
         ):
             pass
+
+
+def _seen(caches: list[Any]) -> int:
+    """Tokens that caches which can give back have taken."""
+    return int(next(members(caches)).offset)
 
 
 def _read_twice(caches: list[Any]) -> bool:

@@ -24,7 +24,7 @@ from .terminal import say
 DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
 
 QUANTISED = "a quantised KV cache is mlx-lm's own"
-SPECULATIVE = "speculative decoding is zm_mlx.generate's"
+SPECULATIVE = "speculative decoding is zm_mlx.generate's and zm_mlx.chat's"
 DRAFTS = ("draft_model", "num_draft_tokens")
 REFUSED = {
     "max_kv_size": "use --kv-budget, which holds for every model",
@@ -134,7 +134,11 @@ def add_memory(group: Any) -> None:
 
 
 def add_draft(parser: argparse.ArgumentParser, group: Any) -> None:
-    """``--prompt-lookup`` beside mlx-lm's flags for a draft model."""
+    """``--prompt-lookup`` beside mlx-lm's flags for a draft model, which not all of its commands have."""
+    if not any(action.dest == "draft_model" for action in parser._actions):
+        group.add_argument("--draft-model")
+        count = group.add_argument("--num-draft-tokens")
+        count.type = _number(count, LIMITS["num_draft_tokens"])
     group.add_argument(
         "--prompt-lookup",
         action="store_true",

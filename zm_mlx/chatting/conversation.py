@@ -1,10 +1,12 @@
 """One conversation: which tokens a turn feeds, what the caches hold of it, and what still waits."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from .. import prompts
+from ..drafting import Draft
 from ..engine import Engine, Settings
 from ..errors import UserError
 from ..host.caches import CacheSet
@@ -12,6 +14,8 @@ from ..host.model_caches import zero_merge
 from ..host.plan import positions_of
 from ..host.prefill import Progress
 from .standing import Standing
+
+QUOTABLE = 8192  # newest tokens of a conversation in which prompt lookup looks
 
 
 class Interrupted(Exception):
@@ -21,13 +25,16 @@ class Interrupted(Exception):
 class Conversation:
     """Caches and where they stand. No text is kept: what was said is in the caches alone, which do not grow.
 
-    Between two turns the caches hold all tokens of the conversation but ``standing.pending``.
+    Between two turns the caches hold all tokens of the conversation but ``standing.pending``. With a draft the newest
+    tokens are kept besides, as far as prompt lookup looks back.
     """
 
-    def __init__(self, engine: Engine, caches: CacheSet, standing: Standing) -> None:
+    def __init__(self, engine: Engine, caches: CacheSet, standing: Standing, draft: Draft | None = None) -> None:
         self.engine = engine
         self.caches = caches
         self.standing = standing
+        self.draft = draft
+        self._said: deque[int] = deque(maxlen=QUOTABLE)
 
     @property
     def seen(self) -> int:
@@ -82,9 +89,12 @@ class Conversation:
                 if stopped():
                     raise Interrupted
 
-        responses: Any = self.engine.generate(tokens, self.caches.every, settings, read)
+        draft = None if self.draft is None else replace(self.draft, before=tuple(self._said))
+        responses: Any = self.engine.generate(tokens, self.caches.every, settings, read, draft)
+        given: list[int] = []
         try:
             for response in responses:  # mlx-lm runs one token ahead, so the caches hold the token that it gives
+                given.append(response.token)
                 ended = response.token if response.finish_reason == "stop" else None
                 self.standing = replace(self.standing, pending=(), stop=ended)
                 yield response
@@ -96,6 +106,8 @@ class Conversation:
                     cache.finish_prompt()
         finally:
             responses.close()
+            if draft is not None and given:
+                self._said.extend([*tokens, *given])
 
     def _room(self, tokens: int) -> int | None:
         """Positions that are left after so many tokens; ``None`` without an end."""

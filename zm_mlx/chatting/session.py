@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import cast
 
 from .. import prompts
+from ..drafting import Draft, renewed
 from ..engine import Engine
 from ..errors import UnsupportedModelError, UserError
 from ..host import caches
@@ -41,6 +42,7 @@ class Session:
         self.source = source
         self.force = force
         self.context = context_of(engine.model)
+        self.draft: Draft | None = None
         made = caches.fresh(engine.model, "zeromerge", wish, None, 0)
         self.plan = cast(Plan, made.plan)  # ZeroMerge's caches have one
         self.go_on(made, Standing(adapter=source.adapter))
@@ -61,8 +63,13 @@ class Session:
             own = zero_merge(cache_set.every)
             layouts = tuple(c.layout for c in own)
             cache_set.plan = replace(self.plan, layouts=layouts, policy=own[0].policy, budget_reason="as it was saved")
-        self.conversation = Conversation(self.engine, cache_set, standing)
+        draft = None if self.draft is None else renewed(self.draft, cache_set)
+        self.conversation = Conversation(self.engine, cache_set, standing, draft)
         self._told = False
+
+    def speculate(self, draft: Draft) -> None:
+        """Let this draft, made for the conversation's caches, propose tokens, in conversations to come as well."""
+        self.draft = self.conversation.draft = draft
 
     def begin(self, system: str | None) -> None:
         """A new conversation; the last one is gone.
