@@ -95,7 +95,7 @@ def test_a_refusal_allocates_nothing_and_measuring_stays_within_what_is_free(fre
             guard.guard(model, plan, load)
         assert peaks and max(peaks) <= held + room + 100_000
         mx.clear_cache()
-        assert mx.get_active_memory() <= held + 1000
+        assert mx.get_active_memory() <= held + 20_000
 
 
 def test_caches_beyond_memory_are_refused_unmeasured(free, peaks):
@@ -226,7 +226,7 @@ def test_generate_refuses_in_one_line_what_it_then_accepts_and_force_goes_on(fre
 
 
 def test_what_was_predicted_is_shown_beside_the_peak(free, capsys):
-    free(10**8)
+    free(4 * 10**7)
     asked = ["--prompt", PROMPT, "--kv-budget", "256", "-m", "2", "--json"]
     code, out, _ = run(generate.main, capsys, *asked)
     found = document(out)
