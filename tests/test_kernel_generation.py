@@ -94,3 +94,25 @@ def test_launches_of_a_decode_step(executor, heads, launched):
         with metal_host.record() as launches:
             mx.eval(cache.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125))
     assert [launch.name for launch in launches] == launched
+
+
+def test_drafts_are_verified_by_the_kernels_and_taken_back_from_what_they_bound(loaded, executor):
+    """Several tokens a call, single ones in between, and states from before a compaction that go on."""
+    model, prompt = loaded[0], [*loaded[1][:150], *loaded[1][60:80]]
+
+    def generated(kernels, draft):
+        caches = zm_mlx.make_prompt_cache(model, BUDGET, kernels=kernels)
+        if draft is None:
+            steps = mlx_lm_generate.generate_step(mx.array(prompt), model, prompt_cache=caches, max_tokens=40)
+            return [token for token, _ in steps]
+        with zm_mlx.rollback(caches, 3):
+            steps = mlx_lm_generate.speculative_generate_step(
+                mx.array(prompt), model, draft, prompt_cache=caches, max_tokens=40, num_draft_tokens=3
+            )
+            return [token for token, _, _ in steps]
+
+    with warnings.catch_warnings(), metal_host.record() as launches:
+        warnings.simplefilter("error")
+        found = generated("metal", zm_mlx.PromptLookup())
+    assert {"zm_attend", "zm_attend_chunk"} <= {launch.name for launch in launches}
+    assert found == generated("ops", None)
