@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..evaluation.prefilled import Prompted
 from ..evaluation.recording import Layer
 from ..host.cache import ZeroMergeCache
 from ..host.hook import replace_caches
 from ..host.model_caches import zero_merge
+from ..host.own_caches import own_caches
 from ..host.prefill import prefill
 from ..host.probe import probe
 from ..ops.plain.attention import block_length
@@ -36,7 +36,7 @@ def reread(model: nn.Module, tokens: Sequence[int]) -> list[mx.array]:
     def make(i: int) -> ZeroMergeCache:  # one token more than comes: the text is held whole
         return ZeroMergeCache(layouts[i], policy=policy, prefill="exact", prompt_length=length + 1)
 
-    caches = replace_caches(make_prompt_cache(model), make)
+    caches = replace_caches(own_caches(model), make)
     prefill(model, tokens, caches)
     return [c.layer.reading.recent[0, :, :length] for c in zero_merge(caches) if c.layer is not None]
 

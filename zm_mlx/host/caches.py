@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
 from ..budget import Budget
 from ..calibration.table import TableError
@@ -16,6 +16,7 @@ from .cache import ZeroMergeCache
 from .heads import Wanted
 from .hook import replace_caches
 from .model_caches import members, zero_merge
+from .own_caches import own_caches
 from .plan import Plan, context_of, plan_cache
 from .saved import load_prompt_cache
 
@@ -147,7 +148,7 @@ def zeromerge(model: nn.Module, plan: Plan) -> CacheSet:
 
 def full(model: nn.Module, plan: Plan | None = None) -> CacheSet:
     """mlx-lm's own caches."""
-    every = make_prompt_cache(model)
+    every = own_caches(model)
     return CacheSet("full", every, [c for c in members(every) if type(c) is KVCache], plan)
 
 
@@ -222,7 +223,7 @@ def _instead(kind: Kind, model: nn.Module, make: Callable[[int], Any], plan: Pla
         made.append(make(i))
         return made[-1]
 
-    return CacheSet(kind, replace_caches(make_prompt_cache(model), one), made, plan)
+    return CacheSet(kind, replace_caches(own_caches(model), one), made, plan)
 
 
 def _nbytes(caches: list[Any]) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 
 from ..budget import Budget, Request, largest, resolve, total_bytes
 from ..calibration.finding import Search
@@ -20,6 +19,7 @@ from .cache import ZeroMergeCache
 from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
 from .memory import free_bytes
+from .own_caches import own_caches
 from .probe import probe
 from .turning import turns
 
@@ -92,7 +92,7 @@ class Plan:
                 turn=known[i],
             )
 
-        return replace_caches(mlx_lm_make_prompt_cache(model), make)
+        return replace_caches(own_caches(model), make)
 
 
 def plan_cache(
@@ -275,7 +275,7 @@ def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefil
 def _other_bytes(model: nn.Module, shape: LayerShape) -> int:
     """Bytes that the model's own bounded caches will hold (estimated from the full-attention layers)."""
     total = 0
-    for cache in mlx_lm_make_prompt_cache(model):
+    for cache in own_caches(model):
         for inner in getattr(cache, "caches", (cache,)):
             rows = getattr(inner, "max_size", None) or getattr(inner, "chunk_size", None) or 0
             total += rows * shape.token_bytes

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import UnsupportedModelError
 from ..ops.choose import Operations
@@ -15,6 +14,7 @@ from ..policies import Policy
 from ..state.layout import LayerShape
 from .cache import ZeroMergeCache
 from .hook import attach, replace_caches
+from .own_caches import own_caches
 
 CALLS = (3, 1)  # tokens
 ROWS = 64
@@ -39,7 +39,7 @@ def probe(model: nn.Module) -> list[LayerShape]:
         return probes[-1]
 
     try:
-        caches = replace_caches(mlx_lm_cache.make_prompt_cache(model), make)
+        caches = replace_caches(own_caches(model), make)
         if not probes:
             raise UnsupportedModelError("it has no full-attention KV cache to compress")
         for call, tokens in enumerate(CALLS, 1):

@@ -22,6 +22,7 @@ from ..state.layout import LayerShape
 from .cache import ZeroMergeCache
 from .hook import replace_caches
 from .model_caches import members, zero_merge
+from .own_caches import own_caches
 from .probe import probe
 
 RESERVED = "zm_mlx_"  # how names of metadata begin that are not the user's
@@ -268,7 +269,7 @@ def _filled(model: nn.Module, shapes: list[LayerShape]) -> list[Any]:
     def make(i: int) -> ZeroMergeCache:
         return ZeroMergeCache(Policy().layout(64, shapes[i].heads), kernels="ops")
 
-    caches = replace_caches(mlx_lm_cache.make_prompt_cache(model), make)
+    caches = replace_caches(own_caches(model), make)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     return caches
 

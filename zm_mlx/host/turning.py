@@ -4,13 +4,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from ..policies import Policy
 from ..state.layout import LayerShape
 from .cache import ZeroMergeCache
 from .hook import attach, replace_caches
 from .model_caches import members
+from .own_caches import own_caches
 
 TOKENS = 3
 CLOSE = 0.03  # of a query's length; 16-bit models round more than the rotation is wrong by
@@ -23,7 +24,7 @@ def turns(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], b
     by the same angles, and the model's own queries at both positions agree with it (so models that rotate in
     another way, or elsewhere, are told apart by what they do).
     """
-    caches = make_prompt_cache(model)
+    caches = own_caches(model)
     layers = getattr(model, "layers", [])
     if len(layers) != len(caches):
         return [None] * len(shapes)
@@ -72,7 +73,7 @@ def _queries(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...]
     """Each layer's queries of some tokens at a position; attention gives nothing: they depend on nothing before."""
     attach(model)
     heard = [_Heard(shape.heads, offset) for shape in shapes]
-    model(mx.arange(1, 1 + TOKENS)[None], cache=replace_caches(make_prompt_cache(model), lambda i: heard[i]))
+    model(mx.arange(1, 1 + TOKENS)[None], cache=replace_caches(own_caches(model), lambda i: heard[i]))
     return [x.queries.astype(mx.float32) for x in heard]
 
 
