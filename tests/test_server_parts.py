@@ -204,6 +204,16 @@ def test_a_client_that_leaves_is_noticed_while_nothing_comes():
     assert job.abandoned
 
 
+def test_an_answer_that_is_never_read_counts_as_abandoned():
+    """Such as when a client leaves before the head of its answer is sent."""
+    job = Job(None, None)
+    job.put("context")
+    items = job.items(lambda: None)
+    assert next(items) == "context" and not job.abandoned
+    del items
+    assert job.abandoned
+
+
 def test_what_is_put_arrives_in_order_and_a_refusal_ends_it():
     job = Job(None, None)
     for item in (1, (2, 3), Refusal(500, "broken")):

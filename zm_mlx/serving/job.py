@@ -80,6 +80,12 @@ class Job:
             ClientLeft: the client is gone.
             Refusal: one was put.
         """
+        try:
+            yield from self._until_end(check)
+        finally:  # however it ended: an answer whose head could not be sent is nobody's either
+            self.stopped = True
+
+    def _until_end(self, check: Callable[[], None]) -> Iterator[Any]:
         looked = time.monotonic()
         while True:
             try:
@@ -89,7 +95,6 @@ class Job:
             if item is self or time.monotonic() - looked > POLL:
                 looked = time.monotonic()
                 if self.left():
-                    self.stopped = True
                     raise ClientLeft
                 if item is self:
                     check()
