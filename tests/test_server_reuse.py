@@ -130,7 +130,7 @@ def test_thirty_snapshots_save_nearly_what_unlimited_ones_would():
     for name, stream in STREAMS.items():
         streams = [stream(seed) for seed in range(3)]
         rule, upper = (sum(reused(kind(limit), s) for s in streams) for kind, limit in ((Snapshots, 30), (Lru, 10**9)))
-        assert rule >= 0.94 * upper, f"{name}: {rule / 3:.1f} % of {upper / 3:.1f} %"
+        assert rule >= 0.97 * upper, f"{name}: {rule / 3:.1f} % of {upper / 3:.1f} %"
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():
@@ -166,11 +166,24 @@ def test_tools_turns_demote_nothing():
 
 def test_a_hit_on_what_is_first_to_go_moves_it():
     store = Snapshots(8)
+    store.put([1], "prompt", "prompt")
     store.put([1, 2], "answer", "answer")
     assert store.use([1, 2, 3], True).held == 2
+    assert len(store) == 2
+    assert store.use([1, 7], True) == ("prompt", 1)
     assert len(store) == 1
-    assert store.use([1, 2, 4], True) == ("answer", 2)
-    assert len(store) == 0
+
+
+def test_the_end_of_an_answer_serves_an_edit_of_the_turn_behind_it_but_not_for_long():
+    store = Snapshots(4)
+    store.put([9], "other", "prompt")
+    store.put([1, 2], "answer", "answer")
+    assert store.use([1, 2, 3], True).held == store.use([1, 2, 4], True).held == 2
+    store.put([1, 2, 4], None, "prompt")
+    store.put([1, 2, 4, 5], None, "answer")
+    store.put([8], None, "prompt")
+    assert store.use([9, 9], True) == ("other", 1)  # older, and still there
+    assert store.use([1, 2, 6], True) is None
 
 
 def test_system_prompts_go_last():

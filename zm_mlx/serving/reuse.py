@@ -4,7 +4,8 @@ Snapshots are taken at the end of a system prompt, at the end of a prompt and at
 begins with the longest one that it begins with. The least recently used goes first, with three exceptions:
 
 - When a user's turn goes on from the end of an answer, what that conversation left before is first to go: only
-  an edit of an old turn would need it. (Tools' turns often branch, so they demote nothing.)
+  an edit of an old turn would need it. The end of that answer itself, which an edit of the last turn needs, grows
+  old at once. (Tools' turns often branch, so they demote nothing.)
 - A snapshot that is first to go is moved, not copied, when it is hit after all.
 - Ends of system prompts go last, as long as they take no more than a quarter of the room: other conversations
   begin with them.
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 SYSTEMS = 4  # one snapshot in so many is a system prompt's that goes last
 FEWEST = 8  # tokens that another prompt's beginning must have to be worth going on from
+OLDER = 2  # times the number of snapshots: uses by which the end of an answer grows old when a turn follows it
 
 Kind = Literal["system", "prompt", "answer"]
 
@@ -81,7 +83,8 @@ class Snapshots:
         self._touch(hit)
         if user_turn and hit.kind == "answer":
             for snapshot in path:
-                snapshot.demoted = snapshot.kind != "system"
+                snapshot.demoted = snapshot.kind != "system" and snapshot is not hit
+            hit.used -= OLDER * self.limit
         return Hit(hit.caches, hit.count)
 
     def put(self, tokens: Sequence[int], caches: Any, kind: Kind, nbytes: int = 0) -> None:
