@@ -124,6 +124,8 @@ def test_ctrl_c_while_saving_keeps_the_old_file(capsys, monkeypatch, tmp_path, f
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--prompt", "x", "--prompt-cache-file", "a.safetensors", "--prefill-step-size", "1"], "2 or more here"),
+        (["--prompt", "x", "--prompt-cache-file", "a.safetensors", "--prefill-step-size", "0"], "an integer from 1 up"),
         (["--prompt-cache-file", "a.safetensors"], "--prompt or --prompt-file is needed"),
         (["--prompt", "x"], "--prompt-cache-file"),
         (["--prompt", "x", "--prompt-cache-file", ""], "--prompt-cache-file needs a name"),

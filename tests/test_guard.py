@@ -237,10 +237,14 @@ def test_what_was_predicted_is_shown_beside_the_peak(free, capsys):
 
 def test_cache_prompt_and_a_continued_prompt_are_guarded(free, capsys, tmp_path):
     file = str(tmp_path / "p.safetensors")
-    save = ["--prompt", PROMPT, "--kv-budget", "512", "--prompt-cache-file", file]
+    save = ["--prompt", PROMPT, "--prompt-cache-file", file, "--kv-budget", "512"]
     free(3 * 10**6)
     code, _, err = run(cache_prompt.main, capsys, *save)
     assert code == 2 and "free here" in err and not (tmp_path / "p.safetensors").exists()
+    free(13 * 10**6)
+    flags = re.search("what fits: (.*?)( or .*)?; --force", run(cache_prompt.main, capsys, *save)[2])[1].split()
+    assert run(cache_prompt.main, capsys, *save, *flags)[0] == 0
+    free(3 * 10**6)
     assert run(cache_prompt.main, capsys, *save, "--force")[0] == 0
     go_on = ["--prompt", PROMPT, "--prompt-cache-file", file, *FLAGS]
     code, out, err = run(generate.main, capsys, *go_on)

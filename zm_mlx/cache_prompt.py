@@ -22,7 +22,6 @@ from .host import caches
 from .host.caches import CacheSet, Wish
 from .host.guard import settled
 from .host.plan import context_of
-from .host.prefill import STEP
 from .host.saved import save_prompt_cache
 from .host.wired import leave_wired_limit
 from .interrupts import INTERRUPTED
@@ -45,6 +44,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_step(own)
     flags.add_memory(own)
     return parser
 
@@ -59,6 +59,9 @@ def _cache_prompt(argv: list[str] | None) -> int:
     flags.check(args)
     file = args.prompt_cache_file
     _check_file(file)
+    step: int = args.prefill_step_size
+    if step == 1:
+        raise UserError("--prefill-step-size must be 2 or more here: calls of one token are decoding")
     if args.prompt is None and args.prompt_file is None:
         raise UserError("--prompt or --prompt-file is needed")
     text = prompts.read(args.prompt, args.prompt_file)
@@ -81,7 +84,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
     wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy, room=False)
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
-    cache_set = settled(engine.model, cache_set, len(tokens), STEP, args.force)
+    cache_set = settled(engine.model, cache_set, len(tokens), step, args.force)
     if args.no_wired_limit:
         leave_wired_limit()
     context = context_of(engine.model)
@@ -94,7 +97,7 @@ def _cache_prompt(argv: list[str] | None) -> int:
     for complaint in cache_set.complaints:
         warn(complaint)
     try:
-        _fill(engine, tokens, cache_set)
+        _fill(engine, tokens, cache_set, step)
     except KeyboardInterrupt:
         complain(COMMAND, f"interrupted after {cache_set.seen or 0} of {len(tokens)} tokens, nothing was saved")
         return INTERRUPTED
@@ -105,10 +108,10 @@ def _cache_prompt(argv: list[str] | None) -> int:
     return 0
 
 
-def _fill(engine: Engine, tokens: list[int], cache_set: CacheSet) -> None:
+def _fill(engine: Engine, tokens: list[int], cache_set: CacheSet, step: int) -> None:
     bar = prefill_bar(len(tokens), True)
     try:
-        engine.prefill(tokens, cache_set.every, lambda done, _: bar.update(done - bar.n))
+        engine.prefill(tokens, cache_set.every, lambda done, _: bar.update(done - bar.n), step)
     finally:
         bar.close()
 

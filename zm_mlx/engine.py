@@ -141,13 +141,18 @@ class Engine:
         )
         return responses
 
-    def prefill(self, tokens: list[int], caches: list[Any], progress: Progress | None = None) -> None:
-        """Advance ``caches`` by a prompt and generate nothing."""
+    def prefill(self, tokens: list[int], caches: list[Any], progress: Progress | None = None, step: int = STEP) -> None:
+        """Advance ``caches`` by a prompt, ``step`` tokens in a call of the model, and generate nothing."""
         if _read_twice(caches):
-            prefill(self.model, tokens, caches, progress=progress)
+            prefill(self.model, tokens, caches, step=step, progress=progress)
             return
         for _ in mlx_lm_generate.generate_step(
-            mx.array(tokens), self.model, max_tokens=0, prompt_cache=caches, prompt_progress_callback=progress
+            mx.array(tokens),
+            self.model,
+            max_tokens=0,
+            prompt_cache=caches,
+            prefill_step_size=step,
+            prompt_progress_callback=progress,
         ):
             pass
 

@@ -14,6 +14,7 @@ from .calibration.table import Table, TableError
 from .drafting import LOOKUP_TOKENS, MODEL_TOKENS
 from .engine import LIMITS
 from .errors import UserError
+from .host.prefill import STEP
 from .phases import PIECE
 from .policies import DEFAULT, OFFERED, named
 from .policies.policy import SCORES
@@ -117,6 +118,17 @@ def add_head_rows(group: Any) -> None:
         help="How rows are shared out among KV heads: by a file of python -m zm_mlx.calibrate, none (uniformly), "
         f"or auto: by {BESIDE} in the model's folder, the user's own table or one of the package (default)",
     )
+
+
+def add_step(group: Any) -> None:
+    """``--prefill-step-size``, for a command of mlx-lm's that has none."""
+    limit = LIMITS["prefill_step_size"]
+    action = group.add_argument(
+        "--prefill-step-size",
+        default=STEP,
+        help=f"Tokens of the prompt in one call of the model (default: {STEP}); {limit.words}",
+    )
+    action.type = _number(action, limit)
 
 
 def add_memory(group: Any) -> None:

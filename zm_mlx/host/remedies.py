@@ -24,14 +24,14 @@ def remedies(need: Need, plan: Plan, load: Load, room: int) -> list[str]:
     found = [flags for flags, other, less in _changes(need, plan, load, room) if need(other, less) <= room]
     if found or load.held:  # a budget that is there already stays
         return found
-    plan, least = _streaming(plan), replace(load, step=min(load.step, SMALLEST_STEP))
-    rows = _rows(need, plan, least, room)
+    least = replace(load, step=min(load.step, SMALLEST_STEP))
+    rows = _rows(need, _streaming(plan), least, room)
     if rows is None:
         return []
-    flags = [f"--kv-budget {rows}"]
+    flags = ["--prefill streaming"] if plan.prefill == "exact" else []
     if least.step < load.step:
-        flags.insert(0, f"--prefill-step-size {least.step}")
-    return [" ".join(["--prefill streaming", *flags])]
+        flags.append(f"--prefill-step-size {least.step}")
+    return [" ".join([*flags, f"--kv-budget {rows}"])]
 
 
 def _changes(need: Need, plan: Plan, load: Load, room: int) -> Iterator[tuple[str, Plan, Load]]:
