@@ -39,11 +39,3 @@ def test_trimming_says_that_it_does_nothing(model):
     model(mx.arange(2, 12)[None], cache=caches)
     assert not can_trim_prompt_cache(caches)
     assert caches[0].trim(3) == 0 and caches[0].offset == 10
-
-
-def test_batch_generator_raises_instead_of_replacing_the_cache(model):
-    batches = generate.BatchGenerator(model)
-    with pytest.raises(ValueError, match="ZeroMergeCache"):
-        batches.insert([[2, 3, 4, 5]], max_tokens=[2], caches=[zm_mlx.make_prompt_cache(model, 64)])
-        while batches.next():
-            pass
