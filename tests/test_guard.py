@@ -92,7 +92,7 @@ def test_a_refusal_allocates_nothing_and_measuring_stays_within_what_is_free(fre
     peaks.clear()
     with pytest.raises(MemoryGuardError):
         guard.guard(model, plan, load)
-    assert peaks and max(peaks) <= held + room + 100_000
+    assert peaks and max(peaks) <= held + 1.1 * room  # what is read whole takes 1.25 times as much
     mx.clear_cache()
     assert mx.get_active_memory() <= held + 20_000
 
