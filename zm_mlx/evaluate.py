@@ -26,7 +26,7 @@ from .evaluation.scoring import rouge
 from .evaluation.subject import Subject
 from .evaluation.summary import WINDOW, Results, tables
 from .evaluation.task import ROOM, Item, Task, items
-from .evaluation.tasks import BY_NAME
+from .evaluation.tasks import BY_NAME, harness
 from .evaluation.tasks.files import Files, read_rows
 from .flags import DEFAULT_MODEL
 from .interrupts import INTERRUPTED
@@ -67,7 +67,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help=f"Files, or folders of {', '.join(texts.SUFFIXES)} (default: Python's manual and standard library)",
     )
     add("--data", nargs="+", metavar="FILE", help='JSONL of "prompt" and "answer" or "reference", for the task files')
-    add("--tasks", nargs="+", default=list(TASKS), choices=[*TASKS, "files"], metavar="TASK", help=_listed(TASKS))
+    add(
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="Tasks of the lm-evaluation-harness, or files that define some (pip install lm-eval): the first "
+        "--documents of each, and no other tasks but those of --tasks",
+    )
+    add("--tasks", nargs="+", choices=[*TASKS, "files"], metavar="TASK", help=_listed(TASKS))
     add(
         "--caches",
         nargs="+",
@@ -126,10 +133,14 @@ def _evaluate(argv: list[str] | None) -> int:
     args = setup_arg_parser().parse_args(argv)
     flags.check(args)
     contenders = _check(args)
+    if args.lm_eval:
+        harness.require()
     tasks = _tasks(args)
     given = _texts(args.texts, tasks)
     records = _records(args.output)
     subject = _subject(args)
+    if args.lm_eval:
+        tasks += harness.harnessed(args.lm_eval, subject.tokenizer, args.documents)
     lengths = _lengths(args.prompt_tokens, subject.context)
     if any(c.shares for c in contenders):
         _say_default(subject)
@@ -146,7 +157,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if args.figure is not None and _draw(args.figure, subject, results, tasks):
         say(f"\nFigure: {args.figure}")
     if args.json is not None:
-        _write(args.json, _document(args, subject, results, lengths, interrupted))
+        _write(args.json, _document(args, tasks, subject, results, interrupted))
     return INTERRUPTED if interrupted else 0
 
 
@@ -199,8 +210,9 @@ def _check_file(flag: str, file: str) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
-    """The tasks asked for, once each; ``--data`` brings ``files``."""
-    names = list(dict.fromkeys([*args.tasks, *(["files"] if args.data else [])]))
+    """The tasks asked for, once each, but those of the harness; ``--data`` brings ``files``."""
+    asked = args.tasks or ([] if args.lm_eval else TASKS)
+    names = list(dict.fromkeys([*asked, *(["files"] if args.data else [])]))
     if "files" in names and not args.data:
         raise UserError("--tasks files: give its prompts and answers by --data FILE")
     found: list[Task] = [BY_NAME[name] for name in names if name != "files"]
@@ -279,9 +291,11 @@ def _draw(file: str, subject: Subject, results: Results, tasks: Sequence[Task]) 
 
 
 def _document(
-    args: argparse.Namespace, subject: Subject, results: Results, lengths: Sequence[int], interrupted: bool
+    args: argparse.Namespace, tasks: Sequence[Task], subject: Subject, results: Results, interrupted: bool
 ) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in ("texts", "data", "tasks", "caches", "budgets")}
+    lengths = _lengths(args.prompt_tokens, subject.context)
+    settings = {name: getattr(args, name) for name in ("texts", "data", "lm_eval", "caches", "budgets")}
+    settings["tasks"] = [task.name for task in tasks]
     return {
         "model": subject.engine.name,
         "fingerprint": subject.fingerprint,

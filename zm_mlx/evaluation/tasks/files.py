@@ -20,12 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import prompts
 from ...errors import UserError
 from ..caches import Contender
-from ..prefilled import continue_
+from ..greedy import answer
 from ..scoring import contained, exact_match, f1, rouge
 from ..subject import Subject
 from ..task import Exam, Item, Metric, Values
@@ -78,20 +76,14 @@ class _Exam:
         self.prompted = subject.prompted(self.prompt[:-1])
 
     def measure(self, contender: Contender) -> Values:
-        answer, right = self._answer(contender), self.row.right
-        values = {"exact": exact_match(answer, right), "f1": f1(answer, right), "contained": contained(answer, right)}
-        return {**values, **(self.rouge(answer, right) if self.rouge else {})}
+        text, right = self._answer(contender), self.row.right
+        values = {"exact": exact_match(text, right), "f1": f1(text, right), "contained": contained(text, right)}
+        return {**values, **(self.rouge(text, right) if self.rouge else {})}
 
     def _answer(self, contender: Contender) -> str:
         """What greedy decoding gives, to the end of the sequence."""
-        caches, ends = self.prompted.caches(contender), set(self.subject.tokenizer.eos_token_ids)
-        last, tokens = self.prompt[-1], list[int]()
-        while len(tokens) < self.row.max_tokens:
-            last = int(np.array(continue_(self.subject.model, caches, [last]).argmax(axis=-1))[0])
-            if last in ends:
-                break
-            tokens.append(last)
-        return str(self.subject.tokenizer.decode(tokens)).strip()
+        caches = self.prompted.caches(contender)
+        return answer(self.subject, caches, self.prompt[-1], self.row.max_tokens).strip()
 
 
 def read_rows(paths: Sequence[str]) -> list[Row]:
