@@ -109,10 +109,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A layout for each layer, and where its numbers come from."""
+    """A layout for each layer, where its numbers come from, and rows per head on average; ``None`` of a table."""
 
     layouts: tuple[Layout, ...]
     reason: str
+    rows: int | None = None
 
 
 def resolve(budget: Budget, shapes: Sequence[LayerShape], policy: Policy, request: Request) -> Resolved:
@@ -131,7 +132,7 @@ def resolve(budget: Budget, shapes: Sequence[LayerShape], policy: Policy, reques
         layouts = (policy.layout(rows, s.heads) for rows, s in zip(budget.table, shapes, strict=True))
         return Resolved(tuple(layouts), "rows per head, as given")
     rows, reason = _rows(budget, shapes, policy, request)
-    return Resolved(_uniform(rows, shapes, policy), reason)
+    return Resolved(_uniform(rows, shapes, policy), reason, rows)
 
 
 def total_bytes(layouts: Sequence[Layout], shapes: Sequence[LayerShape]) -> int:

@@ -12,7 +12,9 @@ import mlx.nn as nn
 from .drafting import Draft
 from .host.lookup import PromptLookup
 from .host.model_caches import members, zero_merge
+from .host.part import part_of
 from .host.prefill import STEP, Progress, prefill
+from .host.ranks import drawn_by_first
 from .host.rollback import rollback
 from .host.speculating import fill
 from .sampling import LARGEST, Range, Sampling
@@ -112,7 +114,7 @@ class Engine:
                 max_tokens=LARGEST if settings.max_tokens < 0 else settings.max_tokens,  # mlx-lm drafts up to a limit
                 draft_model=PromptLookup([*draft.before, *tokens[:-1]]) if draft.model is None else draft.model,
                 num_draft_tokens=draft.count,
-                sampler=settings.sampling.sampler(self.tokenizer),
+                sampler=self._sampler(settings),
                 prompt_cache=every,
             )
             # What was not accepted is taken back within the scope, also where nobody wants to hear more.
@@ -134,12 +136,16 @@ class Engine:
             self.tokenizer,
             mx.array(tokens),
             max_tokens=settings.max_tokens,
-            sampler=settings.sampling.sampler(self.tokenizer),
+            sampler=self._sampler(settings),
             prompt_cache=caches,
             prefill_step_size=settings.prefill_step_size,
             prompt_progress_callback=progress,
         )
         return responses
+
+    def _sampler(self, settings: Settings) -> Any:
+        sampler = settings.sampling.sampler(self.tokenizer)
+        return sampler if part_of(self.model) is None else drawn_by_first(sampler)
 
     def prefill(self, tokens: list[int], caches: list[Any], progress: Progress | None = None, step: int = STEP) -> None:
         """Advance ``caches`` by a prompt, ``step`` tokens in a call of the model, and generate nothing."""
@@ -164,10 +170,3 @@ def _seen(caches: list[Any]) -> int:
 
 def _read_twice(caches: list[Any]) -> bool:
     return any(c.policy.score == "reread" for c in zero_merge(caches))
-
-
-def random_state() -> int:
-    """The seed that brings MLX's random numbers back to where they are now."""
-    state: Any = mx.random.state
-    high, low = state[0].tolist()
-    return int(high) << 32 | int(low)

@@ -36,7 +36,7 @@ REFUSED = {
     "num_draft_tokens": SPECULATIVE,
     "image": "images are mlx_lm.generate's",
     "quantize_activations": "use mlx_lm.generate",
-    "pipeline": "a model on several machines is mlx-lm's own",
+    "pipeline": "zm_mlx.generate and zm_mlx.server run a model on several machines",
 }
 # argparse takes -1 for a value, but -1e5 and -inf for flags.
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)

@@ -12,30 +12,33 @@ from typing import Any
 import mlx.core as mx
 
 from . import drafting, flags, prompts
-from .engine import Engine, Settings, mlx_lm_generate, random_state
+from .engine import Engine, Settings, mlx_lm_generate
 from .errors import UserError
 from .flags import DEFAULT_MODEL
-from .host import caches
+from .host import caches, ranks
 from .host.caches import ROTATING_KEEP, CacheSet, Taking, Wish
 from .host.guard import settled
+from .host.part import Way
 from .host.plan import context_of
 from .host.wired import leave_wired_limit
 from .interrupts import INTERRUPTED
 from .loading import WIDENED, folder_of, load_model, load_vocabulary, widen
 from .policies import name_of
 from .report import Run, comparison, differences, draft_lines, plan_lines, run_lines
+from .sampling import random_state
 from .saved_prompt import Saved
 from .terminal import guarded, prefill_bar, say, warn
 
 __all__ = ["DEFAULT_MODEL", "INTERRUPTED", "ROTATING_KEEP", "main", "mlx_lm_generate", "setup_arg_parser"]
 
 DEFAULT_PROMPT = "hello"
+SERVED = (*flags.DRAFTS, "pipeline")
 COMPARED = ("full", "rotating")  # in this order: what the others are measured by comes first
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's own parser and this package's flags."""
-    parser = flags.adopt(mlx_lm_generate.setup_arg_parser(), "zm_mlx.generate", flags.DRAFTS)
+    parser = flags.adopt(mlx_lm_generate.setup_arg_parser(), "zm_mlx.generate", SERVED)
     parser.description = "Generate text in a KV cache of fixed size (ZeroMerge); mlx_lm.generate's flags and more"
     own = parser.add_argument_group("zm_mlx", f"Without --model, the package's small model is used: {DEFAULT_MODEL}")
     flags.add_prompt_file(own)
@@ -44,6 +47,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_policy(own)
     flags.add_memory(own)
     flags.add_draft(parser, own)
+    own.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="With mlx.launch: split the model's layers among the processes, not its heads",
+    )
     own.add_argument(
         "--cache",
         choices=["zeromerge", "full", "rotating"],
@@ -64,32 +72,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return guarded("zm_mlx.generate", lambda: _generate(argv))
+    return guarded("zm_mlx.generate", lambda: _generate(argv), several=True)
 
 
 def _generate(argv: list[str] | None) -> int:
-    args = setup_arg_parser().parse_args(argv)
-    flags.check(args, flags.DRAFTS)
-    asked = drafting.Asked(args.draft_model, args.prompt_lookup, args.num_draft_tokens, args.trust_remote_code)
-    _check(args)
-    if asked:
-        _check_draft(args, asked)
+    args, asked = ranks.agreed(lambda: _asked(argv))
     settings = Settings(args.max_tokens, args.prefill_step_size, flags.sampling(args))
-    engine, tokens, saved = _load(args, settings, asked)
+    engine, tokens, saved = ranks.agreed(lambda: _load(args, settings, asked))
     wide = engine.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
-    one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
-    head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    taking: Taking = "streaming" if one_by_one else args.prefill
-    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, room=args.cache != "zeromerge")
-    if args.prompt_cache_file is not None:
-        cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
-    else:
-        cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
-    cache_set = settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force)
-    draft = drafting.load(asked, cache_set)
-    if draft is not None and draft.caches is not None and draft.model is not None:
-        settled(draft.model, draft.caches, len(tokens), settings.prefill_step_size, args.force)
+    cache_set, draft = ranks.agreed(lambda: _caches(args, settings, asked, engine, tokens))
     if args.no_wired_limit:
         leave_wired_limit()
     if args.verbose and wide:
@@ -112,6 +104,40 @@ def _generate(argv: list[str] | None) -> int:
     if args.json:
         say(json.dumps(_document(engine.name, runs, cache_set)))
     return INTERRUPTED if runs[-1].finish_reason == "interrupted" else 0
+
+
+def _asked(argv: list[str] | None) -> tuple[argparse.Namespace, drafting.Asked]:
+    """What the command line asks, checked as far as that goes without a model; and of a draft."""
+    args = setup_arg_parser().parse_args(argv)
+    flags.check(args, SERVED)
+    asked = drafting.Asked(args.draft_model, args.prompt_lookup, args.num_draft_tokens, args.trust_remote_code)
+    _check(args)
+    if asked:
+        _check_draft(args, asked)
+    if ranks.count() > 1:
+        _check_several(args, asked)
+    elif args.pipeline:
+        raise UserError("--pipeline splits a model's layers among the processes of mlx.launch, and there is one")
+    return args, asked
+
+
+def _caches(
+    args: argparse.Namespace, settings: Settings, asked: drafting.Asked, engine: Engine, tokens: list[int]
+) -> tuple[CacheSet, drafting.Draft | None]:
+    """The caches, which will fit, and the draft."""
+    one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
+    head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
+    taking: Taking = "streaming" if one_by_one else args.prefill
+    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, room=args.cache != "zeromerge")
+    if args.prompt_cache_file is not None:
+        cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
+    else:
+        cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
+    cache_set = settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force)
+    draft = drafting.load(asked, cache_set)
+    if draft is not None and draft.caches is not None and draft.model is not None:
+        settled(draft.model, draft.caches, len(tokens), settings.prefill_step_size, args.force)
+    return cache_set, draft
 
 
 def _load(args: argparse.Namespace, settings: Settings, asked: drafting.Asked) -> tuple[Engine, list[int], Saved]:
@@ -138,7 +164,8 @@ def _load(args: argparse.Namespace, settings: Settings, asked: drafting.Asked) -
     tokens = (prompts.encode_rest if saved.tokens else prompts.encode)(vocabulary.tokenizer, text, chat)
     if settings.sampling.seed is not None:
         mx.random.seed(settings.sampling.seed)
-    return Engine(load_model(source), vocabulary.tokenizer, source.name), tokens, saved
+    way: Way | None = None if ranks.count() == 1 else "layers" if args.pipeline else "heads"
+    return Engine(load_model(source, way), vocabulary.tokenizer, source.name), tokens, saved
 
 
 def _beside(asked: list[str] | None) -> list[str]:
@@ -234,6 +261,22 @@ def _check_draft(args: argparse.Namespace, asked: drafting.Asked) -> None:
             "--draft-model does not go with --prompt-cache-file: the draft model has not read the saved prompt; "
             "--prompt-lookup does"
         )
+
+
+def _check_several(args: argparse.Namespace, asked: drafting.Asked) -> None:
+    """Flags that do not go with several processes."""
+    reasons = {
+        "prompt_cache_file": "a saved prompt is of a whole model",
+        "adapter_path": "mlx-lm does not split adapters; fuse it with mlx_lm.fuse",
+        "draft_model": "drafts are for one process",
+    }
+    for name, why in reasons.items():
+        if getattr(args, name) is not None:
+            raise UserError(f"{flags.flag(name)} does not go with mlx.launch: {why}")
+    if asked:
+        raise UserError(f"{asked.flag} does not go with mlx.launch: drafts are for one process")
+    if args.prompt == "-" or args.prompt_file == "-":
+        raise UserError("a prompt from standard input does not go with mlx.launch, which never ends it: give a file")
 
 
 def _prompt(text: str | None, file: str | None) -> str:

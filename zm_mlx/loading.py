@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from mlx_lm import utils
 
 from .errors import UserError
+from .host.part import Way, split
 
 WIDENED = "Model: the small model, in float32 (16-bit numbers are slow on a CPU)"
 NO_LIMIT = 10**30  # tokens; what transformers itself takes for "no limit"
@@ -88,17 +89,22 @@ def load_vocabulary(source: Source) -> Vocabulary:
     return Vocabulary(tokenizer, next((n for n in sizes if isinstance(n, int)), len(tokenizer)))
 
 
-def load_model(source: Source) -> nn.Module:
+def load_model(source: Source, way: Way | None = None) -> nn.Module:
     """The model itself, with its adapter.
 
+    Args:
+        way: how it is split among the processes of ``mlx.launch``, which all call this, where there are several.
+
     Raises:
-        UserError: it cannot be loaded, or the adapter does not fit.
+        UserError: it cannot be loaded, the adapter does not fit, or it cannot be split so.
     """
     try:
         path = utils._download(source.name)
-        model: nn.Module = utils.load_model(path, trust_remote_code=source.trust_remote_code)[0]
+        model: nn.Module = utils.load_model(path, lazy=way is not None, trust_remote_code=source.trust_remote_code)[0]
     except Exception as error:
         _refuse(source, error)
+    if way is not None:
+        split(model, source.words, way)
     if source.adapter is not None:
         try:
             model = utils.load_adapters(model, source.adapter)

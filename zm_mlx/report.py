@@ -133,6 +133,9 @@ def plan_lines(plan: Plan, unmoved: int = 0) -> list[str]:
         begin = i + 1
     lines.append(f"Budget: {plan.heads_reason}")
     lines.append(f"Budget: {size(plan.nbytes)} in all ({plan.budget_reason})")
+    if plan.on_ranks:
+        each = " and ".join(map(size, dict.fromkeys(plan.on_ranks)))
+        lines.append(f"Budget: {len(plan.on_ranks)} ranks, {each} each; what follows is of rank 0")
     lines.append(f"Prefill: {plan.prefill} ({plan.prefill_reason})")
     if plan.prefill == "streaming" and plan.piece_bytes:
         lines.append(f"Prefill: a piece of up to {PIECE} tokens beside the budget meanwhile, {size(plan.piece_bytes)}")

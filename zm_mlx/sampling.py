@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.sample_utils import Sampler, make_sampler
 
 LARGEST = 2**31 - 1  # MLX counts elements along an axis in 32 bits
@@ -100,6 +101,13 @@ class Sampling:
             xtc_threshold=self.xtc_threshold,
             xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
         )
+
+
+def random_state() -> int:
+    """The seed that brings MLX's random numbers back to where they are now."""
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    return int(high) << 32 | int(low)
 
 
 def _shorten(value: Any) -> str:

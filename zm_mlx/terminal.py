@@ -11,14 +11,17 @@ from tqdm import tqdm
 
 from .errors import UnsupportedModelError, UserError
 from .interrupts import INTERRUPTED
+from .launched import ranked
 
 USER_ERROR = 2
 OUTPUT_ERROR = 1
 CLOSED_PIPE = 141  # what a shell shows for a process that a closed pipe ended
 
 
-def guarded(name: str, body: Callable[[], int]) -> int:
+def guarded(name: str, body: Callable[[], int], several: bool = False) -> int:
     """Run a command and return its exit code; whatever goes wrong in a known way is one line on stderr.
+
+    Where ``mlx.launch`` started several processes, a command that is not for ``several`` is refused, once.
 
     ``body`` may raise ``UserError`` and ``UnsupportedModelError`` (2), ``KeyboardInterrupt`` (130),
     ``SystemExit`` (its own code) and ``OSError`` of the output: a closed pipe ends quietly (141), as it
@@ -28,7 +31,7 @@ def guarded(name: str, body: Callable[[], int]) -> int:
     try:
         _prepare_streams()
         try:
-            code = body()
+            code = ranked(name, body, several)
         except SystemExit as leaving:  # argparse after --help
             code = int(leaving.code or 0)
         sys.stdout.flush()

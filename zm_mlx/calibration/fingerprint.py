@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 SAMPLE = 16  # numbers of each array: enough to tell any two trainings apart, and no work for large models
 DIGITS = 32
+PART = "_zm_part"  # the attribute of a model that was split
 
 Leaves = Sequence[tuple[str, mx.array]]
 
@@ -26,8 +27,12 @@ def lineage(model: nn.Module) -> str:
     """A name for a trained model: the same for all its quantisations, in any width, and with or without adapters.
 
     Quantisation and adapters leave the weights of norms as they are, and full training does not. Where these say
-    nothing (all the same in each norm, as before training), it is the fingerprint.
+    nothing (all the same in each norm, as before training), it is the fingerprint. A part of a model (``host.part``)
+    has that of the whole.
     """
+    part = getattr(model, PART, None)
+    if part is not None:
+        return str(part.lineage)
     norms = [(name, x) for name, x in _leaves(model) if x.ndim == 1 and name.endswith("weight")]
     if all(mx.all(x == x[0]).item() for _, x in norms):
         return fingerprint(model)

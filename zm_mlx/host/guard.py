@@ -15,6 +15,7 @@ from ..phases import PIECE
 from .caches import CacheSet, zeromerge
 from .memory import free_bytes
 from .model_caches import zero_merge
+from .part import least, most
 from .plan import AS_ASKED, Plan
 from .predicting import Load, Prediction, bound, caches_alone, predict
 from .probe import probe
@@ -83,7 +84,7 @@ class _Judge:
         mx.eval(model.parameters())
         mx.clear_cache()
         self.model = model
-        self.room = free_bytes(reserve=0)
+        self.room = least(model, free_bytes(reserve=0))
         self._known: dict[tuple[Plan, Load], Prediction] = {}
 
     def require(self, plan: Plan, load: Load, force: bool) -> Prediction:
@@ -91,7 +92,8 @@ class _Judge:
         if self.room is None or found.new <= self.room or force:
             return found
         what = f"the prompt of {load.prompt_tokens} tokens" if load.sequences == 1 else f"{load.sequences} sequences"
-        fits = remedies(lambda p, x: self.prediction(p, x).new, plan, load, int(NAMED * self.room))
+        room = int(NAMED * self.room)
+        fits = remedies(lambda p, x: self.prediction(p, x).new, plan, load, room, lambda n: least(self.model, n) or n)
         help = f"what fits: {' or '.join(fits)}" if fits else "no smaller budget or step fits either"
         raise MemoryGuardError(
             f"{what} would take {found.new / 1e9:.3f} GB beside the model ({found.caches / 1e9:.3f} GB for the KV "
@@ -104,13 +106,13 @@ class _Judge:
 
     def prediction(self, plan: Plan, load: Load) -> Prediction:
         """Measured, unless that could change nothing, or might itself take more than is free."""
-        most, held = bound(self.model, plan, load), caches_alone(plan, load)
-        if self.room is None or FAR * most.new < self.room:
-            return most
+        above, held = self._bound(plan, load), self._of_all(caches_alone(plan, load))
+        if self.room is None or FAR * above.new < self.room:
+            return above
         if held.new > self.room:
             return held
         steps = [load.whole_step]
-        while steps[0] > SMALLEST_STEP and bound(self.model, plan, replace(load, step=steps[0])).new > self.room:
+        while steps[0] > SMALLEST_STEP and self._bound(plan, replace(load, step=steps[0])).new > self.room:
             steps.insert(0, shorter(steps[0]))
         if len(steps) == 1:
             return self._measured(plan, load)
@@ -137,5 +139,12 @@ class _Judge:
     def _measured(self, plan: Plan, load: Load) -> Prediction:
         """Each once: remedies ask again."""
         if (plan, load) not in self._known:
-            self._known[plan, load] = predict(self.model, plan, load)
+            self._known[plan, load] = self._of_all(predict(self.model, plan, load))
         return self._known[plan, load]
+
+    def _bound(self, plan: Plan, load: Load) -> Prediction:
+        return self._of_all(bound(self.model, plan, load))
+
+    def _of_all(self, found: Prediction) -> Prediction:
+        """The most that any rank of the model says: all go on alike, or one refuses and the others wait for ever."""
+        return replace(found, caches=most(self.model, found.caches), reading=most(self.model, found.reading))

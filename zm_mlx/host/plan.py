@@ -8,18 +8,20 @@ from typing import Any, Literal
 
 import mlx.nn as nn
 
-from ..budget import Budget, Request, largest, resolve, total_bytes
+from ..budget import Budget, Request, largest, total_bytes
 from ..calibration.finding import Search
 from ..calibration.table import Table
 from ..ops.choose import Mode
 from ..phases import PIECE, Prefill
 from ..policies import Policy, ZeroMerge
 from ..state.layout import FLOAT32, LayerShape, Layout
+from . import agreeing, ranks
 from .cache import ZeroMergeCache
 from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
 from .memory import free_bytes
 from .own_caches import own_caches
+from .part import least, most, part_of
 from .probe import probe
 from .turning import turns
 
@@ -41,6 +43,7 @@ class Plan:
     heads_reason: str  # where the rows of each head come from
     complaints: tuple[str, ...] = ()  # tables that were found and do not work
     other_bytes: int = 0  # that the model's own bounded caches will hold
+    on_ranks: tuple[int, ...] = ()  # where the model is split: ``nbytes`` of each rank
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +111,8 @@ def plan_cache(
 ) -> Plan:
     """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``.
 
-    With ``room=False`` a plan that this machine cannot hold is made too, for ``guard`` to judge.
+    With ``room=False`` a plan that this machine cannot hold is made too, for ``guard`` to judge. The plan of a model
+    that is split is agreed on by its ranks, which all call this; bytes are those of each rank.
     """
     if prefill not in ("auto", "exact", "streaming"):
         raise ValueError(f"prefill must be 'auto', 'exact' or 'streaming', not {prefill!r}")
@@ -125,15 +129,19 @@ def plan_cache(
     policy = policy or ZeroMerge()
     shapes = probe(model)
     other = _other_bytes(model, shapes[0])
-    free = free_bytes()
+    free = least(model, free_bytes())
     budget, wanted = _asked(kv_budget, head_rows)
     request = Request(prompt_length, max_tokens, context_of(model), free, other)
-    resolved = resolve(budget, shapes, policy, request)
+    part = part_of(model)
+    whole = shapes if part is None else part.whole
+    resolved = agreeing.resolved(part, budget, shapes, policy, request)
     heads = Sharing(resolved.layouts, resolved.reason)
     if budget.kind != "table":
-        heads = share_out(model, wanted, policy, resolved.layouts, shapes, request)
+        heads = agreeing.shared_out(
+            part, lambda: share_out(model, wanted, policy, resolved.layouts, whole, request), resolved.layouts
+        )
     draft = Plan(
-        layouts=heads.layouts,
+        layouts=heads.layouts if part is None else part.of(heads.layouts),
         shapes=tuple(shapes),
         policy=policy,
         prefill="streaming",
@@ -144,9 +152,13 @@ def plan_cache(
         complaints=heads.complaints,
         other_bytes=other,
     )
+    if part is not None:
+        draft = replace(draft, on_ranks=tuple(ranks.together(lambda: draft.nbytes)))
     if room:
         _require_room(draft, prefill)
-    taken, why = _choose_prefill(draft, prefill, free)
+    fits = prompt_length is not None and prompt_length <= (least(model, draft.capacity) or 0)
+    need = most(model, replace(draft, prefill="exact").least)
+    taken, why = _choose_prefill(draft, prefill, fits, need, free)
     return replace(draft, prefill=taken, prefill_reason=why)
 
 
@@ -256,17 +268,21 @@ def _require_room(draft: Plan, prefill: str) -> None:
         )
 
 
-def _choose_prefill(draft: Plan, prefill: str, free: int | None) -> tuple[Prefill, str]:
-    prompt = draft.prompt_length
+def _choose_prefill(draft: Plan, prefill: str, fits: bool, need: int, free: int | None) -> tuple[Prefill, str]:
+    """How a prompt is taken, and why.
+
+    Args:
+        fits: whether nothing of it would be compressed.
+        need: bytes that exact takes.
+    """
     if prefill == "streaming":
         return "streaming", AS_ASKED
     if prefill == "exact":
         return "exact", AS_ASKED
-    if prompt is None:
+    if draft.prompt_length is None:
         return "streaming", "the prompt's length is not known"
-    if prompt <= draft.capacity:
+    if fits:
         return "streaming", "the prompt fits into the budget"
-    need = replace(draft, prefill="exact").least
     if free is not None and need > free:
         return "streaming", f"the whole prompt would take {need / 1e9:.2f} GB of the {free / 1e9:.2f} GB that are free"
     return "exact", "the whole prompt fits into memory"

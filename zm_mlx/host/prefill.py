@@ -13,6 +13,7 @@ from ..errors import UnsupportedModelError
 from ..phases import PIECE
 from .cache import ZeroMergeCache
 from .model_caches import zero_merge
+from .part import least
 from .plan import positions_of
 from .probe import name_of
 
@@ -55,10 +56,10 @@ def prefill(
     if not total:
         raise ValueError("a prompt needs tokens")
     own = zero_merge(caches)
-    twice = any(c.policy.score == "reread" for c in own) and not _fits(own, total)
+    twice = any(c.policy.score == "reread" for c in own) and not least(model, _fits(own, total))
     if step < (2 if twice else 1):
-        least = "2 tokens or more, for a call of one is decoding" if twice else "1 token or more"
-        raise ValueError(f"step must be {least}, not {step}")
+        fewest = "2 tokens or more, for a call of one is decoding" if twice else "1 token or more"
+        raise ValueError(f"step must be {fewest}, not {step}")
     if twice:
         _require_positions(model, own, total)
     done = 0

@@ -8,24 +8,26 @@ from .plan import Plan
 from .predicting import Load
 
 Need = Callable[[Plan, Load], int]  # bytes that are not held yet
+Agree = Callable[[int], int]
 
 SMALLEST_STEP = 64
 TRIES = 6
 SHARE = 0.97  # of what seems to be left for rows
 
 
-def remedies(need: Need, plan: Plan, load: Load, room: int) -> list[str]:
+def remedies(need: Need, plan: Plan, load: Load, room: int, agree: Agree = lambda rows: rows) -> list[str]:
     """Flags of which each would do alone; or several that do together, as one; or none.
 
     Args:
         need: what a plan and a load take.
         room: bytes that are free.
+        agree: on rows that are tried, of the ranks of a model that is split.
     """
-    found = [flags for flags, other, less in _changes(need, plan, load, room) if need(other, less) <= room]
+    found = [flags for flags, other, less in _changes(need, plan, load, room, agree) if need(other, less) <= room]
     if found or load.held:  # a budget that is there already stays
         return found
     least = replace(load, step=min(load.step, SMALLEST_STEP))
-    rows = _rows(need, _streaming(plan), least, room)
+    rows = _rows(need, _streaming(plan), least, room, agree)
     if rows is None:
         return []
     flags = ["--prefill streaming"] if plan.prefill == "exact" else []
@@ -34,14 +36,14 @@ def remedies(need: Need, plan: Plan, load: Load, room: int) -> list[str]:
     return [" ".join([*flags, f"--kv-budget {rows}"])]
 
 
-def _changes(need: Need, plan: Plan, load: Load, room: int) -> Iterator[tuple[str, Plan, Load]]:
+def _changes(need: Need, plan: Plan, load: Load, room: int, agree: Agree) -> Iterator[tuple[str, Plan, Load]]:
     """One change each, that may help."""
     if plan.prefill == "exact" and not load.held:
         yield "--prefill streaming", _streaming(plan), load
     step = _step(need, plan, load, room)
     if step is not None:
         yield f"--prefill-step-size {step}", plan, replace(load, step=step)
-    rows = None if load.held else _rows(need, plan, load, room)
+    rows = None if load.held else _rows(need, plan, load, room, agree)
     if rows is not None:
         yield f"--kv-budget {rows}", with_rows(plan, rows), load
 
@@ -70,17 +72,17 @@ def _step(need: Need, plan: Plan, load: Load, room: int) -> int | None:
     return step
 
 
-def _rows(need: Need, plan: Plan, load: Load, room: int) -> int | None:
+def _rows(need: Need, plan: Plan, load: Load, room: int, agree: Agree) -> int | None:
     """As many rows per head as fit, fewer than there are; ``None`` where not even the fewest do."""
     smallest = plan.policy.smallest
     if need(with_rows(plan, smallest), load) > room:
         return None
-    rows = max(n for a in plan.layouts for n in a.rows)
+    rows = agree(max(n for a in plan.layouts for n in a.rows))
     taken = need(plan, load)
     for _ in range(TRIES):
         own = load.sequences * with_rows(plan, rows).nbytes
         left = SHARE * (room - max(0, taken - own)) / load.sequences
-        rows = min(rows - 1, largest(plan.shapes, plan.policy, int(left)))
+        rows = agree(min(rows - 1, largest(plan.shapes, plan.policy, int(left))))
         if rows <= smallest:
             break
         taken = need(with_rows(plan, rows), load)

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import GenerationContext
 
-from ..engine import random_state
+from ..sampling import random_state
 from . import checks
 from .job import Job, Prompt
 from .provider import Served
