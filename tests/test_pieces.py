@@ -143,7 +143,7 @@ def test_a_call_of_one_token_ends_a_piece_however_full_it_is(long_prompt):
     for size in (2, 300, 510, 511):
         made = cache(120)
         give(made, *(x[:, :, :size] for x in long_prompt))
-        assert isinstance(made.phase, Piece)
+        assert isinstance(made.phase, Piece) and made.remaining is None
         give(made, *(x[:, :, size : size + 1] for x in long_prompt))
         assert made.phase == Streaming() and made.nbytes == made.layout.nbytes(SHAPE)
         alike = cache(120)

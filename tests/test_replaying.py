@@ -29,11 +29,9 @@ def softmax(x):
 def oldest(state, layout, head, piece):
     """Keys of the first four raw rows of a stored head before the piece."""
     begin, end = layout.starts[head : head + 2]
-    if not state.departed:
-        return f64(state.recent.keys[0, head, : state.filled - piece])[:4]
-    if state.departed > end - begin:
-        begin += layout.residual
-    return f64(state.kept.rows.keys[0, begin : min(end, begin + state.departed)])[:4]
+    kept = slice(begin + layout.residual * (state.departed > end - begin), min(end, begin + state.departed))
+    recent = state.recent.keys[0, head, : state.filled - piece]
+    return np.concatenate([f64(state.kept.rows.keys[0, kept]), f64(recent)])[:4]
 
 
 def given(layout, length, groups, dtype=mx.float32, departed=0, **more):

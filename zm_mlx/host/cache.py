@@ -132,7 +132,7 @@ class ZeroMergeCache:
     @property
     def remaining(self) -> int | None:
         """Tokens to the announced end of an exact prompt; ``None`` while streaming."""
-        if not isinstance(self.phase, ExactPrompt):
+        if not isinstance(self.phase, ExactPrompt) or self.prefill == "streaming":  # a piece has no announced end
             return None
         return self.phase.before + self.phase.length - self.offset
 

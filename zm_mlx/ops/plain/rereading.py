@@ -86,9 +86,11 @@ def _together(part: Part, first: int, scale: float, policy: Policy) -> tuple[mx.
 
 def oldest_rows(group: Group, state: State, layout: Layout, piece: int) -> Dense:
     """A group's rows of the oldest tokens that it holds raw, without those of the piece."""
-    if not state.departed:
-        count = min(OLDEST, state.filled - piece)
-        return state.recent.map(lambda x: x[:, group.first_head : group.stop_head, :count])
     begin = 0 if state.departed <= group.rows else layout.residual
     end = min(begin + OLDEST, state.departed, group.rows)
-    return state.kept.of(group).rows.map(lambda x: x[:, :, begin:end])
+    count = min(OLDEST - (end - begin), state.filled - piece)  # of those that have not left the recent store
+    recent = state.recent.map(lambda x: x[:, group.first_head : group.stop_head, :count])
+    if begin == end:
+        return recent
+    kept = state.kept.of(group).rows.map(lambda x: x[:, :, begin:end])
+    return Dense.joined([kept, recent] if count else [kept], axis=2)
