@@ -39,7 +39,7 @@ def pack(contents: Contents) -> Packed:
         "format": FORMAT,
         "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging, layout.reading],
         "policy": {"name": policies.name_of(policy), **policy.as_dict()},
-        "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale, prompt.name],
+        "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale, prompt.name, prompt.cap],
         "clock": None if state is None else [state.departed, state.filled, state.since_compaction],
     }
     last = [None, None] if prompt is None else [prompt.queries, prompt.sinks]
@@ -66,8 +66,8 @@ def unpack(packed: Sequence[Any]) -> Contents:
     *stores, queries, sinks, turn = arrays
     phase: Phase = Streaming()
     if facts["prompt"] is not None:
-        length, before, scale, kind = facts["prompt"]
-        phase = (Piece if kind == Piece.name else ExactPrompt)(length, before, queries, scale, sinks)
+        length, before, scale, kind, *cap = facts["prompt"]  # older files have no cap
+        phase = (Piece if kind == Piece.name else ExactPrompt)(length, before, queries, scale, sinks, *cap)
     return Contents(
         Layout(residual, tuple(context), *rest),
         policies.BY_NAME[name](**facts["policy"]),

@@ -79,7 +79,7 @@ class ExactPrompt:
     Args:
         length: tokens of the prompt, as announced.
         before: tokens seen before it.
-        queries: the last ones, which score a prompt that ends earlier and are replayed, and their scale and sinks.
+        queries: the last ones, which score a prompt that ends earlier and are replayed, and their scale, sinks and cap.
     """
 
     length: int
@@ -87,6 +87,7 @@ class ExactPrompt:
     queries: mx.array | None = None
     scale: float = 0.0
     sinks: mx.array | None = None
+    cap: float | None = None
     name: ClassVar[Prefill] = "exact"
 
     @property
@@ -153,7 +154,7 @@ class ExactPrompt:
         last = self.queries[:, :, -min(PIECE, self._taken(before)) :]
         if last.shape[2] < FEWEST:
             return left
-        return ops.fit(before, left, Call(last, self.scale, self.sinks))
+        return ops.fit(before, left, self._call(last))
 
     def _taken(self, state: State) -> int:
         return state.seen - self.before
@@ -171,7 +172,11 @@ class ExactPrompt:
         both = [call.queries] if self.queries is None else [self.queries, call.queries]
         count = max(ops.policy.window or 0, PIECE if _remembers(ops) else 0)
         last = mx.contiguous(mx.concatenate(both, axis=2)[:, :, -count:])
-        return replace(self, queries=last, scale=call.scale, sinks=call.sinks)
+        return replace(self, queries=last, scale=call.scale, sinks=call.sinks, cap=call.cap)
+
+    def _call(self, queries: mx.array) -> Call:
+        """Some of the queries that are kept, as they came."""
+        return Call(queries, self.scale, self.sinks, self.cap)
 
     def _faded(self, call: Call, state: State, ops: Operations) -> State:
         """Older scores after queries that give none."""
@@ -184,7 +189,7 @@ class ExactPrompt:
         """The newest ``count`` tokens, which are a piece, read again by their own queries."""
         if not ops.replays or self.queries is None or count < 2:
             return state
-        return ops.replay(Call(self.queries[:, :, -count:], self.scale, self.sinks), state)
+        return ops.replay(self._call(self.queries[:, :, -count:]), state)
 
     def _scored(self, state: State, ops: Operations) -> State:
         """Add what the kept queries give, as far as they are among the last W of the prompt."""
@@ -197,7 +202,7 @@ class ExactPrompt:
         if not queries.shape[2]:
             return state
         then = state._replace(filled=state.filled - scored, scores=Scores.zeros_like(state.scores))
-        mass = ops.score(Call(queries, self.scale, self.sinks), then)
+        mass = ops.score(self._call(queries), then)
         fade = ops.policy.decay**scored
         return state._replace(scores=Scores(*(x + fade * y for x, y in zip(state.scores, mass, strict=True))))
 

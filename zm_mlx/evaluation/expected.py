@@ -33,7 +33,7 @@ def distribution(layer: Layer, rotate: Rotation) -> Queries:
     Raises:
         ValueError: the rotation cannot be undone by a negative offset (so with scaled ones).
     """
-    queries, scale, _ = layer.call
+    queries, scale, *_ = layer.call
     plain = unrotated(queries.astype(mx.float32), rotate)
     if not mx.allclose(rotate(plain), queries.astype(mx.float32), rtol=1e-2, atol=1e-2):
         raise ValueError("expected attention cannot undo this model's rotation of queries")

@@ -48,9 +48,10 @@ class Repeating(Whole):
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
         self.found = mx.maximum(self.found, self._attention(queries[0], scale))
-        return uncompressed.attend(Call(queries, scale, sinks), self.whole())
+        return uncompressed.attend(Call(queries, scale, sinks, cap), self.whole())
 
     def arrays(self) -> list[mx.array]:
         return [*super().arrays(), self.found]

@@ -37,8 +37,9 @@ class Observer(Recorder):
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
-        self.outputs.append(super().attend(queries, keys, values, scale, sinks))
+        self.outputs.append(super().attend(queries, keys, values, scale, sinks, cap))
         return self.outputs[-1]
 
     def arrays(self) -> list[mx.array]:

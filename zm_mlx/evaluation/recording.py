@@ -90,8 +90,9 @@ class Recorder(Whole):
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
-        self.calls.append(Call(queries, scale, sinks))
+        self.calls.append(Call(queries, scale, sinks, cap))
         return uncompressed.attend(self.calls[-1], self.whole())
 
     def arrays(self) -> list[mx.array]:

@@ -47,7 +47,10 @@ class Window(Guest):
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
+        if cap is not None:
+            raise ValueError("the evaluation's window cannot attend for a model whose scores have a soft cap")
         rows = Dense.joined([self.rows, Dense(keys, values)], axis=2)
         old, held = self.seen - keys.shape[2], self.rows.shape[2]
         first = min(ROTATING_KEEP, held)

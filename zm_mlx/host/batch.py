@@ -137,7 +137,13 @@ class ZeroMergeBatch:
         return keys, values
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
         """Attention of new queries [B, Hq, L, D], each row's over its own rows and new tokens; stores the tokens.
 
@@ -162,7 +168,7 @@ class ZeroMergeBatch:
             new = queries[i : i + 1, :, part.columns]
             if outputs and queries.shape[2] > 1:  # one row after the other, or the logits of all exist at once
                 new = after(new, outputs[-1])
-            out = row.attend(new, part.keys, part.values, scale, sinks)
+            out = row.attend(new, part.keys, part.values, scale, sinks, cap)
             outputs.append(_padded(out, part.columns, queries.shape[2]))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 

@@ -203,6 +203,7 @@ class ZeroMergeCache:
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
         """Attention of new queries [B, Hq, L, D] over all rows and the new tokens; stores the tokens.
 
@@ -228,7 +229,7 @@ class ZeroMergeCache:
         if not layout.in_model_order:
             queries, pending = to_storage(queries, layout, 1), pending.map(lambda x: to_storage(x, layout, 1))
             sinks = None if sinks is None else to_storage(sinks, layout, 0)
-        call = Call(queries, scale, sinks)
+        call = Call(queries, scale, sinks, cap)
         if self.rereading:
             out, self.layer = self.operations.read_again(call, pending, self.layer)
             self.reread = True

@@ -2,7 +2,8 @@
 
 mlx-lm's models call one function, ``scaled_dot_product_attention`` of ``mlx_lm.models.base``, with
 their cache as an argument. It is replaced by one that looks at the cache: a ``ZeroMergeCache``, or a
-batch of them, attends itself, every other cache gets mlx-lm's own function, untouched.
+batch of them, attends itself, every other cache gets mlx-lm's own function, untouched. Modules that compute
+their attention without that function, or transform what their cache holds, get theirs from ``replacing``.
 """
 
 import importlib
@@ -19,7 +20,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..errors import UnsupportedModelError
 from .batch import ZeroMergeBatch
 from .cache import ZeroMergeCache
+from .causal import require_causal
+from .latent import Latent
 from .model_caches import members, zero_merge
+from .replacing import replace_attention
 
 mlx_lm_generate: Any = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
 
@@ -42,8 +46,10 @@ def attention(
 ) -> mx.array:
     """mlx-lm's ``scaled_dot_product_attention``, except for a ``ZeroMergeCache`` and a batch of them."""
     if isinstance(cache, ZeroMergeCache | ZeroMergeBatch):
-        _require_causal(mask, queries.shape[2])
+        require_causal(mask, queries.shape[2])
         return cache.attend(queries, keys, values, scale, sinks)
+    if isinstance(cache, Latent):
+        return cache.attend(queries, keys, values, scale, mask)
     return _original(queries, keys, values, cache, scale, mask, sinks)
 
 
@@ -95,6 +101,7 @@ def attach(model: nn.Module) -> None:
             for member in vars(cls).values():
                 if isinstance(member, FunctionType):
                     _rebind(member.__globals__)
+    replace_attention(model)
 
 
 def _rebind(names: dict[str, Any]) -> None:
@@ -124,31 +131,3 @@ def replace_caches(caches: list[Any], make: Callable[[int], ZeroMergeCache | Non
         return make(count - 1) or cache
 
     return [replace(c) for c in caches]
-
-
-def _require_causal(mask: Any, length: int) -> None:
-    """Require that a mask for ``length`` new tokens means "causal" and nothing else, which is what the cache does.
-
-    Raises:
-        UnsupportedModelError: it means something else.
-    """
-    if isinstance(mask, mx.array):
-        causal = _is_causal(mask, length)
-    else:
-        causal = mask == "causal" or (mask is None and length == 1)
-    if not causal:
-        raise UnsupportedModelError(
-            "its attention has another mask than the causal one (a sliding window, a bias on the scores, or none)"
-        )
-
-
-def _is_causal(mask: mx.array, length: int) -> bool:
-    """Whether an array mask over ``length`` new tokens means "causal" and nothing else."""
-    if mask.shape[-1] != length:
-        return False
-    if length == 1:  # a bias on a single key changes nothing, and decoding must not wait for its value
-        return True
-    visible = mask if mask.dtype == mx.bool_ else mask == 0
-    hidden = ~mask if mask.dtype == mx.bool_ else mask < -1e3
-    causal = mx.tri(length).astype(mx.bool_)
-    return bool(mx.all((visible == causal) & (hidden == ~causal)).item())

@@ -106,10 +106,11 @@ class _Probe(ZeroMergeCache):
         values: mx.array,
         scale: float,
         sinks: mx.array | None = None,
+        cap: float | None = None,
     ) -> mx.array:
         self.attended += 1
         self.token = replace(self.token, query_heads=queries.shape[1])
-        out = super().attend(queries, keys, values, scale, sinks)
+        out = super().attend(queries, keys, values, scale, sinks, cap)
         return mx.zeros(out.shape, out.dtype)
 
     def check(self, calls: int) -> None:

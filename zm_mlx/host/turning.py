@@ -90,6 +90,6 @@ class _Heard(ZeroMergeCache):
     def offset(self) -> int:
         return self.begin
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: Any = None) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *_: Any, **__: Any) -> mx.array:
         self.queries = queries
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)

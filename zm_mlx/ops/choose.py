@@ -61,7 +61,7 @@ class Operations:
         """``attend`` for one token after the other until the next compaction, as ``decode.bind``."""
         if self._on_metal("attend", state, call):
             return attend.bind(call, state, self.layout, self.policy)
-        if call.queries.dtype == state.recent.dtype == mx.float32:
+        if call.queries.dtype == state.recent.dtype == mx.float32 and call.cap is None:
             return decode.bind(call, state, self.layout, self.policy)
 
         def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
@@ -100,7 +100,7 @@ class Operations:
         dtype, groups = state.recent.dtype, 1
         if call is not None:
             groups = min(8, call.queries.shape[1] // self.layout.heads)
-            if call.queries.dtype != dtype:  # the kernels take one dtype for queries and rows
+            if call.queries.dtype != dtype or call.cap is not None:  # the kernels take one dtype, and no soft cap
                 return False
         behaviour: tuple[str, ...] = ("log_mass", "lift")
         if name == "compact":

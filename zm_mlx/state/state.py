@@ -80,7 +80,10 @@ class Merged(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one call of attention brings: queries [B, H * G, L, D], their scale, sinks [H * G] or none."""
+    """What one call of attention brings: queries [B, H * G, L, D], their scale, sinks [H * G] or none.
+
+    With a cap (Gemma 2, arXiv 2408.00118, section 2) scores are ``cap * tanh(scale * queries·keys / cap)``.
+    """
 
     queries: mx.array
     scale: float
@@ -112,6 +115,7 @@ class State(NamedTuple):
     scores: Scores
     reading: Scores
     departed: int
+    cap: float | None = None
     filled: int
     since_compaction: int
 

@@ -65,6 +65,11 @@ def compensated(
     return parts
 
 
+def capped(dots: mx.array, cap: float | None) -> mx.array:
+    """Scores below the model's soft cap, where it has one (see ``Call``)."""
+    return dots if cap is None else cap * mx.tanh(dots / cap)
+
+
 def softmax(logits: list[mx.array], sinks: mx.array | None) -> mx.array:
     """Probabilities of all rows; sinks [h, G] take part of them and are no rows."""
     rows = sum(x.shape[-1] for x in logits)
@@ -83,13 +88,14 @@ def block_length(queries: mx.array, rows: int) -> int:
 
 
 class Part(NamedTuple):
-    """One group's share of a call: queries [B, h, G, L, D], kept rows, spread [B, h, R], recent rows, sinks [h, G]."""
+    """One group's share of a call: queries [B, h, G, L, D], kept rows, spread [B, h, R], recent ones, sinks [h, G]."""
 
     queries: mx.array
     kept: Kept
     spread: mx.array
     recent: Dense
     sinks: mx.array | None
+    cap: float | None
 
     @classmethod
     def of(cls, group: Group, call: Call, state: State, heads: int) -> "Part":
@@ -102,6 +108,7 @@ class Part(NamedTuple):
             state.residuals.of(group).spread,
             state.recent.map(lambda x: x[:, mine]),
             None if call.sinks is None else call.sinks.reshape(heads, -1)[mine],
+            call.cap,
         )
 
     def filled(self, departed: int, filled: int) -> "Part":
@@ -145,7 +152,8 @@ def probabilities(queries: mx.array, later: int, part: Part, scale: float, polic
     q = queries.astype(mx.float32) * scale
 
     def dots(rows: Dense) -> mx.array:
-        return rows.dots(q.flatten(2, 3)).reshape(batch, heads, groups, length, rows.shape[2])
+        found = rows.dots(q.flatten(2, 3)).reshape(batch, heads, groups, length, rows.shape[2])
+        return capped(found, part.cap)
 
     now = dots(part.recent)
     logits = [now]

@@ -5,7 +5,7 @@ import mlx.core as mx
 from ...state.layout import Group, Layout
 from ...state.rows import Dense, after, products
 from ...state.state import Call, State
-from .attention import block_length
+from .attention import block_length, capped
 
 DISTANCE = 64  # tokens; what a query gives to nearer victims says little about queries to come
 RIDGE = 0.02  # of the mean square of a query's element
@@ -70,7 +70,7 @@ def _row(group: Group, call: Call, before: State, left: State) -> tuple[Dense, m
         # One block after the other, or the logits of all exist at once.
         block, end = after(queries[:, :, begin : begin + step], given), begin + step
         far = position[:, :, None] <= at[begin:end, None] - DISTANCE
-        logits = mx.where(far, products(block, rows.keys) + logs[:, :, None], -mx.inf)
+        logits = mx.where(far, capped(products(block, rows.keys), call.cap) + logs[:, :, None], -mx.inf)
         most = mx.maximum(logits.max(axis=-1, keepdims=True), -1e30)
         mass = mx.exp(logits - most)
         sums = mass.sum(axis=-1, keepdims=True)

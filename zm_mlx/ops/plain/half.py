@@ -11,7 +11,7 @@ from ...policies.policy import Policy
 from ...state.layout import Group, Layout
 from ...state.rows import after
 from ...state.state import Call, Scores, State, joined, rectangle
-from .attention import Part, block_length, compensated, softmax
+from .attention import Part, block_length, capped, compensated, softmax
 
 
 def attend(call: Call, state: State, layout: Layout, policy: Policy) -> tuple[mx.array, Scores]:
@@ -43,9 +43,9 @@ def _group(
         end = min(begin + step, call.length)
         q = after(queries[:, :, begin:end], *outputs[-1:]).astype(mx.float32) * call.scale
         newest = mx.arange(state.filled - call.length + begin, state.filled - call.length + end)[:, None, None]
-        logits = [mx.where(positions <= newest, recent.dots(q), -mx.inf)]
+        logits = [mx.where(positions <= newest, capped(recent.dots(q), call.cap), -mx.inf)]
         if group.rows:
-            logits[:0] = compensated(kept.dots(q), log_mass, spread, q, policy)
+            logits[:0] = compensated(capped(kept.dots(q), call.cap), log_mass, spread, q, policy)
         # The sinks of a head stand before the queries.
         sinks = None if part.sinks is None else part.sinks[:, None]
         p = softmax(logits, sinks)

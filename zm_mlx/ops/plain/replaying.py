@@ -11,7 +11,7 @@ import mlx.core as mx
 from ...state.layout import Group, Layout
 from ...state.rows import after, products
 from ...state.state import Call, Scores, State
-from .attention import block_length
+from .attention import block_length, capped
 from .rereading import oldest_rows
 
 
@@ -47,7 +47,7 @@ def _group(group: Group, call: Call, state: State, layout: Layout) -> mx.array:
     for begin in range(0, each * length, step):
         # One block after the other, or the logits of all exist at once.
         block = after(queries[:, :, begin : begin + step], most) * call.scale
-        logits = products(block, keys)
+        logits = capped(products(block, keys), call.cap)
         shown = logits[..., -length:] - mx.logsumexp(logits, axis=-1, keepdims=True)
         most = mx.maximum(most, shown.max(axis=2))
     return mx.exp(most)

@@ -62,7 +62,7 @@ def _group(
     piece = state.recent.map(lambda x: x[:, heads, state.filled - length : state.filled])
     rows = Dense.joined([oldest, piece, new.map(lambda x: x[:, heads])], axis=2)
     part = of_group._replace(kept=of_group.kept.first(0), recent=rows)
-    if mx.default_device() != mx.gpu:
+    if mx.default_device() != mx.gpu or call.cap is not None:  # the others have no cap
         return _together(part, oldest.shape[2], call.scale, policy)
     mine = Call(part.queries.flatten(1, 2), call.scale, None if part.sinks is None else part.sinks.flatten())
     return attend_rows(mine, rows), most_attention(part.queries, piece.keys, call.scale)

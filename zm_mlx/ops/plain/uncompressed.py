@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
-from ...state.rows import Dense, after
+from ...state.rows import Dense, after, products
 from ...state.state import Call, State
-from .attention import block_length
+from .attention import block_length, capped
 
 
 def attend(call: Call, state: State) -> mx.array:
@@ -27,8 +27,21 @@ def attend_rows(call: Call, rows: Dense) -> mx.array:
         block = after(queries[:, :, begin : begin + step], *outputs[-1:])
         seen = filled - length + begin + block.shape[2]
         keys, values = (x[:, :, :seen] for x in rows)
+        if call.cap is not None:
+            outputs.append(_with_cap(call._replace(queries=block), keys, values))
+            continue
         mask = "causal" if block.shape[2] > 1 else None
         outputs.append(
             mx.fast.scaled_dot_product_attention(block, keys, values, scale=call.scale, mask=mask, sinks=call.sinks)
         )
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _with_cap(call: Call, keys: mx.array, values: mx.array) -> mx.array:
+    """The same with a soft cap, which mlx's own does not have; no model has sinks, too."""
+    queries, length, rows = call.queries, call.length, keys.shape[2]
+    split = mx.unflatten(queries.astype(mx.float32) * call.scale, 1, (keys.shape[1], -1))
+    logits = capped(products(split, keys[:, :, None]), call.cap)
+    visible = mx.arange(rows) <= mx.arange(rows - length, rows)[:, None]
+    p = mx.softmax(mx.where(visible, logits, -mx.inf), axis=-1)
+    return (p @ values[:, :, None].astype(mx.float32)).flatten(1, 2).astype(queries.dtype)
