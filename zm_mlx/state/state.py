@@ -88,6 +88,7 @@ class Call(NamedTuple):
     queries: mx.array
     scale: float
     sinks: mx.array | None = None
+    cap: float | None = None
 
     @property
     def length(self) -> int:
@@ -115,7 +116,6 @@ class State(NamedTuple):
     scores: Scores
     reading: Scores
     departed: int
-    cap: float | None = None
     filled: int
     since_compaction: int
 
