@@ -61,6 +61,7 @@ class ZeroMergeBatch:
         self.rows = list(rows)
         self._columns = [Columns() for _ in self.rows]
         self._pending: _Update | None = None  # an update that was not attended yet
+        self.attended: list[slice] = []  # columns of each row in the last one that was
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> "ZeroMergeBatch":
@@ -160,6 +161,7 @@ class ZeroMergeBatch:
             raise UnsupportedModelError("attention does not use the keys and values of its cache as they are")
         if queries.shape[2] != keys.shape[2]:
             raise UnsupportedModelError(f"queries {queries.shape} do not match the {keys.shape[2]} new tokens")
+        self.attended = [slice(0, 0) if part is None else part.columns for part in update.parts]
         outputs: list[mx.array] = []
         for i, (row, part) in enumerate(zip(self.rows, update.parts, strict=True)):
             if part is None:
@@ -169,7 +171,7 @@ class ZeroMergeBatch:
             if outputs and queries.shape[2] > 1:  # one row after the other, or the logits of all exist at once
                 new = after(new, outputs[-1])
             out = row.attend(new, part.keys, part.values, scale, sinks, cap)
-            outputs.append(_padded(out, part.columns, queries.shape[2]))
+            outputs.append(padded(out, part.columns, queries.shape[2]))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
     # ---- rows that come and go
@@ -275,7 +277,7 @@ class ZeroMergeBatch:
         return 0
 
 
-def _padded(out: mx.array, columns: slice, length: int) -> mx.array:
+def padded(out: mx.array, columns: slice, length: int) -> mx.array:
     """out [1, Hq, l, Dv] at its columns of ``length``, with zeros around."""
     if columns == slice(0, length):
         return out

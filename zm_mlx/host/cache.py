@@ -12,6 +12,7 @@ from mlx_lm.models.cache import create_attention_mask
 from .. import phases
 from ..errors import UnsupportedModelError
 from ..ops.choose import Mode, Operations, mode
+from ..ops.remembering import again
 from ..packed import Contents, Packed, pack, unpack
 from ..phases import ExactPrompt, Phase, Prefill, Streaming
 from ..policies import Policy
@@ -240,6 +241,16 @@ class ZeroMergeCache:
             if self.policy.score == "reread" and not self.reread:
                 self._warn_if_lost(before, self.layer, length > 1, isinstance(phase, ExactPrompt))
         return out if layout.in_model_order else to_model(out, layout, 1)
+
+    def attend_again(self, queries: mx.array, scale: float) -> mx.array:
+        """Attention of a later layer's queries [B, Hq, L, D] over what those of the last ``attend`` saw.
+
+        Raises:
+            UnsupportedModelError: that was not remembered (see ``zm_mlx.host.sharing``).
+        """
+        layout = self.operations.layout
+        out = again(self.operations, to_storage(queries, layout, 1), scale)
+        return to_model(out, layout, 1)
 
     def _warn_if_lost(self, before: State, after: State, prompt: bool, exact: bool) -> None:
         """Say it if a prompt was compressed for the first time, and nothing of it was read a second time before."""

@@ -24,6 +24,7 @@ from .causal import require_causal
 from .latent import Latent
 from .model_caches import members, zero_merge
 from .replacing import replace_attention
+from .sharing import Later, Owner
 
 mlx_lm_generate: Any = importlib.import_module("mlx_lm.generate")  # the package's name of it is the function
 
@@ -48,7 +49,7 @@ def attention(
     if isinstance(cache, ZeroMergeCache | ZeroMergeBatch):
         require_causal(mask, queries.shape[2])
         return cache.attend(queries, keys, values, scale, sinks)
-    if isinstance(cache, Latent):
+    if isinstance(cache, Latent | Owner | Later):
         return cache.attend(queries, keys, values, scale, mask)
     return _original(queries, keys, values, cache, scale, mask, sinks)
 

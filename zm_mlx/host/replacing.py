@@ -11,13 +11,16 @@ from .cache import ZeroMergeCache
 from .causal import require_causal
 from .latent import Latent, is_latent
 from .own_attention import BY_METHOD, Attention
+from .sharing import OWNER, Later, Lent, Owner, mark_owners
 
+Original = Callable[..., Any]
 Arguments = dict[str, Any]  # of a method, by name
 _OURS = "_attention_of_zm_mlx"
 
 
 def replace_attention(model: nn.Module) -> None:
     """Replace it in the classes of a model's modules, once; with other caches they do what they did."""
+    mark_owners(model)
     for module in model.modules():
         cls = type(module)
         if is_latent(module):
@@ -25,24 +28,45 @@ def replace_attention(model: nn.Module) -> None:
         home, _, name = cls.__module__.rpartition(".")
         if home != "mlx_lm.models":
             continue
+        if (name, cls.__name__) == ("gemma4_text", "Attention"):
+            _replace(cls, "__call__", _gemma4)
+        if (name, cls.__name__) == ("gemma3n", "Gemma3nAttention"):
+            _replace(cls, "__call__", _gemma3n)
         for (file, owner, method), attention in BY_METHOD.items():
             if (file, owner) == (name, cls.__name__):
                 _replace(cls, method, _own(attention))
 
 
-def _latent(original: Callable[..., Any], given: Arguments) -> Any:
+def _latent(original: Original, given: Arguments) -> Any:
     return original(**{**given, "mask": None, "cache": Latent(given["cache"])})
 
 
-def _own(attention: Attention) -> Callable[[Callable[..., Any], Arguments], Any]:
-    def call(original: Callable[..., Any], given: Arguments) -> Any:
+def _gemma3n(original: Original, given: Arguments) -> Any:
+    layer, cache = given["self"], given["cache"]
+    if layer.is_kv_shared_layer:
+        return original(**{**given, "cache": Later(cache)})
+    return original(**{**given, "cache": Owner(cache)} if hasattr(layer, OWNER) else given)
+
+
+def _gemma4(original: Original, given: Arguments) -> Any:
+    cache, lent = given.get("cache"), given.get("shared_kv")
+    if isinstance(lent, Lent):
+        return original(**{**given, "cache": Later(lent.cache)})
+    if cache is None or not hasattr(given["self"], OWNER):
+        return original(**given)
+    out, rows, offset = original(**{**given, "cache": Owner(cache)})
+    return out, Lent.of(rows, cache), offset
+
+
+def _own(attention: Attention) -> Callable[[Original, Arguments], Any]:
+    def call(original: Original, given: Arguments) -> Any:
         layer, x, *_ = given.values()
         return attention(layer, x, given["cache"])
 
     return call
 
 
-def _replace(cls: type, method: str, ours: Callable[[Callable[..., Any], Arguments], Any]) -> None:
+def _replace(cls: type, method: str, ours: Callable[[Original, Arguments], Any]) -> None:
     owner = next(c for c in cls.__mro__ if method in vars(c))
     original = vars(owner)[method]
     if hasattr(original, _OURS):
@@ -52,7 +76,9 @@ def _replace(cls: type, method: str, ours: Callable[[Callable[..., Any], Argumen
 
     def call(*arguments: Any, **named: Any) -> Any:
         given = {**dict(zip(names, arguments, strict=False)), **named}
-        if not isinstance(given.get("cache"), ZeroMergeCache | ZeroMergeBatch):
+        if not isinstance(given.get("cache"), ZeroMergeCache | ZeroMergeBatch) and not isinstance(
+            given.get("shared_kv"), Lent
+        ):
             return original(*arguments, **named)
         require_causal(given.get(mask), given[names[1]].shape[1])
         return ours(original, given)
