@@ -31,7 +31,7 @@ class _Terminated(BaseException):
 
 
 def ranked(name: str, body: Callable[[], int], several: bool) -> int:
-    """Run a command, as one of several processes where there are; returns its exit code.
+    """Run a command and return its exit code; one of several processes ends instead.
 
     Rank 0 alone prints. An error that all ranks raise is one line. Any other error of one rank, such as that another
     one is lost, is a line of its own and ends this process at once: MLX would wait for the others.
@@ -68,21 +68,23 @@ class _Rank:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read, os.getppid()), daemon=True).start()
 
-    def run(self, body: Callable[[], int], several: bool) -> int:
+    def run(self, body: Callable[[], int], several: bool) -> NoReturn:
+        """Run a command and end: what MLX has begun and nobody waits for would crash or stop the interpreter's end."""
         try:
             if not several:
                 raise UserError(ALONE)
             code = body()
-            if code == 0:
+            sys.stdout.flush()
+            if code != INTERRUPTED:
                 ranks.wait_for_all()
-            return code
+            _leave(code)
         except (UserError, UnsupportedModelError) as error:
             if several and not ranks.agreed_error(error):
                 self.end(str(error), USER_ERROR)
             if self.rank == 0:
                 self._say(str(error), "")
             ranks.wait_for_all()  # the first that ends takes the others with it
-            return USER_ERROR
+            _leave(USER_ERROR)
         except _Terminated:
             self.end("ended from outside, as mlx.launch does when a rank has ended with an error", TERMINATED)
         except (OSError, KeyboardInterrupt):

@@ -17,6 +17,7 @@ from ..state.layout import LayerShape, Layout
 from ..state.rows import Dense
 from ..state.state import State
 from .model_caches import zero_merge
+from .part import alone
 from .plan import Plan
 from .prefill import prefill
 
@@ -37,13 +38,14 @@ def measure(model: nn.Module, plan: Plan, tokens: int, step: int, seen: int = 0)
     end = End.of(plan, tokens, step, seen)
     caches = plan.caches(model)
     few = caches[: _first(caches)]
-    try:
-        peak = _peak(model, plan, few, end)
-    except Exception:  # a model that does not take the caches of some layers may fail in any way
-        peak = None
-    if peak is None:
-        caches = plan.caches(model)
-        peak = _peak(model, plan, caches, end)
+    with alone(model):
+        try:
+            peak = _peak(model, plan, few, end)
+        except Exception:  # a model that does not take the caches of some layers may fail in any way
+            peak = None
+        if peak is None:
+            caches = plan.caches(model)
+            peak = _peak(model, plan, caches, end)
     del caches, few
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -1,6 +1,7 @@
 """What of a model a process holds beside others, and what ranks that hold parts of one model agree on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,6 +61,21 @@ def least(model: nn.Module, number: int | None) -> int | None:
 def most(model: nn.Module, number: int) -> int:
     """The largest of the numbers of a model's ranks; a whole model's number as it is."""
     return number if part_of(model) is None else max(ranks.together(lambda: number))
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Let a model whose layers are split be called by one rank: it takes embeddings for what earlier layers give."""
+    inner = getattr(model, "model", None)
+    if part_of(model) is None or not hasattr(inner, "pipeline_size"):
+        yield
+        return
+    place = inner.pipeline_rank, inner.pipeline_size
+    try:
+        inner.pipeline_rank, inner.pipeline_size = 0, 1
+        yield
+    finally:
+        inner.pipeline_rank, inner.pipeline_size = place
 
 
 def split(model: nn.Module, name: str, way: Way) -> None:

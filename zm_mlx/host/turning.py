@@ -12,6 +12,7 @@ from .cache import ZeroMergeCache
 from .hook import attach, replace_caches
 from .model_caches import members
 from .own_caches import own_caches
+from .part import alone
 
 TOKENS = 3
 CLOSE = 0.03  # of a query's length; 16-bit models round more than the rotation is wrong by
@@ -39,7 +40,8 @@ def turns(model: nn.Module, shapes: list[LayerShape] | tuple[LayerShape, ...], b
         found.append(same)  # one array for all layers that rotate alike
     if all(x is None for x in found):
         return found
-    here, later = (_queries(model, shapes, offset) for offset in (0, by))
+    with alone(model):
+        here, later = (_queries(model, shapes, offset) for offset in (0, by))
     return [x if _agrees(x, q, p) else None for x, q, p in zip(found, here, later, strict=True)]
 
 
