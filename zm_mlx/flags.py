@@ -14,6 +14,7 @@ from .calibration.table import Table, TableError
 from .drafting import LOOKUP_TOKENS, MODEL_TOKENS
 from .engine import LIMITS
 from .errors import UserError
+from .host import ranks
 from .host.prefill import STEP
 from .phases import PIECE
 from .policies import DEFAULT, OFFERED, named
@@ -194,6 +195,25 @@ def check(args: argparse.Namespace, served: Collection[str] = ()) -> None:
             named(given.get("policy", DEFAULT), args.score)
         except ValueError as error:
             raise UserError(f"--score {args.score} does not go with --policy {args.policy}: {error}") from error
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """Refuse what does not go with the several processes of ``mlx.launch``, or only goes with them."""
+    if ranks.count() == 1:
+        if args.pipeline:
+            raise UserError("--pipeline splits a model's layers among the processes of mlx.launch, and there is one")
+        return
+    reasons = {
+        "prompt_cache_file": "a saved prompt is of a whole model",
+        "adapter_path": "mlx-lm does not split adapters; mlx_lm.fuse makes a model of it",
+        "draft_model": "drafts are for one process",
+        "prompt_lookup": "drafts are for one process",
+    }
+    for name, why in reasons.items():
+        if getattr(args, name, None) not in (None, False):
+            raise UserError(f"{flag(name)} does not go with mlx.launch: {why}")
+    if "-" in (getattr(args, "prompt", None), getattr(args, "prompt_file", None)):
+        raise UserError("a prompt from standard input does not go with mlx.launch, which never ends it: give a file")
 
 
 def budget(text: str) -> Budget:

@@ -114,10 +114,7 @@ def _asked(argv: list[str] | None) -> tuple[argparse.Namespace, drafting.Asked]:
     _check(args)
     if asked:
         _check_draft(args, asked)
-    if ranks.count() > 1:
-        _check_several(args, asked)
-    elif args.pipeline:
-        raise UserError("--pipeline splits a model's layers among the processes of mlx.launch, and there is one")
+    flags.check_several(args)
     return args, asked
 
 
@@ -261,22 +258,6 @@ def _check_draft(args: argparse.Namespace, asked: drafting.Asked) -> None:
             "--draft-model does not go with --prompt-cache-file: the draft model has not read the saved prompt; "
             "--prompt-lookup does"
         )
-
-
-def _check_several(args: argparse.Namespace, asked: drafting.Asked) -> None:
-    """Flags that do not go with several processes."""
-    reasons = {
-        "prompt_cache_file": "a saved prompt is of a whole model",
-        "adapter_path": "mlx-lm does not split adapters; fuse it with mlx_lm.fuse",
-        "draft_model": "drafts are for one process",
-    }
-    for name, why in reasons.items():
-        if getattr(args, name) is not None:
-            raise UserError(f"{flags.flag(name)} does not go with mlx.launch: {why}")
-    if asked:
-        raise UserError(f"{asked.flag} does not go with mlx.launch: drafts are for one process")
-    if args.prompt == "-" or args.prompt_file == "-":
-        raise UserError("a prompt from standard input does not go with mlx.launch, which never ends it: give a file")
 
 
 def _prompt(text: str | None, file: str | None) -> str:

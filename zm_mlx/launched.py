@@ -47,7 +47,17 @@ def ranked(name: str, body: Callable[[], int], several: bool) -> int:
         count = ranks.count()
     except (RuntimeError, ValueError) as error:  # MLX cannot reach the others
         raise UserError(f"mlx.launch: {error}") from error
-    return body() if count == 1 else _Rank(name).run(body, several)
+    if count == 1:
+        return body()
+    global _current
+    _current = _Rank(name)
+    return _current.run(body, several)
+
+
+def fail(error: Exception) -> None:
+    """End, where this is one of several processes, because of an error that others need not have."""
+    if _current is not None:
+        _current.fail(error)
 
 
 class _Rank:
@@ -120,6 +130,9 @@ class _Rank:
                 time.sleep(PATIENCE)
                 self.end("ended from outside, as mlx.launch does when a rank has ended with an error", TERMINATED)
         self.end("mlx.launch has ended", FAILED)
+
+
+_current: _Rank | None = None
 
 
 def _raise(*_: object) -> NoReturn:

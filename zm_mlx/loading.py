@@ -116,6 +116,29 @@ def load_model(source: Source, way: Way | None = None) -> nn.Module:
     return model
 
 
+def load_split(
+    repo: str,
+    pipeline_group: Any = None,
+    tensor_group: Any = None,
+    return_config: bool = True,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """In place of mlx-lm's ``sharded_load``: a model that is a part knows what it is a part of.
+
+    Each machine needs all files of the model; a pipeline needs no ``model.safetensors.index.json``.
+
+    Raises:
+        UserError: it cannot be split so.
+    """
+    path = utils._download(repo)
+    model, config = utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    tokenizer = utils.load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    split(model, f"model {repo}", "heads" if pipeline_group is None else "layers")
+    return model, tokenizer, config
+
+
 def widen(model: nn.Module, itemsize: int | None = None) -> bool:
     """Let a small model compute in float32 on a CPU, where MLX's products of 16-bit numbers take many times as long.
 

@@ -15,13 +15,13 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
-
 from . import flags
 from .budget import Budget
 from .errors import UserError
 from .flags import DEFAULT_MODEL
+from .host import ranks
 from .host.wired import leave_wired_limit
+from .loading import Source
 from .report import plan_lines, size
 from .saved_prompt import Saved
 from .serving.handler import Handler, Server
@@ -32,6 +32,7 @@ from .serving.waiting import PATIENCE, QUEUE
 from .terminal import guarded, say, warn
 
 COMMAND = "zm_mlx.server"
+SERVED = ("pipeline",)
 PROMPTS = 4  # read at the same time, by default
 STEP = 512  # tokens of each of them in one call of the model, by default
 SNAPSHOTS = 32
@@ -51,7 +52,7 @@ class _Catching(argparse.ArgumentParser):
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's own parser and this package's flags."""
-    parser = flags.adopt(_theirs(), COMMAND)
+    parser = flags.adopt(_theirs(), COMMAND, SERVED)
     parser.description = "Serve OpenAI's API over KV caches of fixed size (ZeroMerge); mlx_lm.server's flags and more"
     parser.set_defaults(
         log_level="WARNING", prompt_concurrency=PROMPTS, prefill_step_size=STEP, prompt_cache_size=SNAPSHOTS
@@ -91,20 +92,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the server until it is interrupted; returns the exit code if none was started, else ends the process."""
     started: list[Generator] = []
-    code = guarded(COMMAND, lambda: _serve(argv, started))
+    code = guarded(COMMAND, lambda: _serve(argv, started), several=True)
     if started:  # a thread that used MLX makes the interpreter's own way out abort
         os._exit(code)
     return code
 
 
 def _serve(argv: list[str] | None, started: list[Generator]) -> int:
-    args = setup_arg_parser().parse_args(argv)
-    flags.check(args)
-    _check(args)
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
-    saved = Saved.read(args.prompt_cache_file)
-    source = saved.source(args.model, args.adapter_path, args.trust_remote_code)
-    args.model = source.name
+    args, saved, source = ranks.agreed(lambda: _asked(argv))
     tokens = None if saved.file is None else tokens_of(saved)
 
     def opening(served: Served, snapshots: Any) -> None:
@@ -127,8 +122,23 @@ def _serve(argv: list[str] | None, started: list[Generator]) -> int:
     return 0
 
 
+def _asked(argv: list[str] | None) -> tuple[argparse.Namespace, Saved, Source]:
+    """What the command line asks, checked as far as that goes without a model."""
+    args = setup_arg_parser().parse_args(argv)
+    flags.check(args, SERVED)
+    _check(args)
+    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    saved = Saved.read(args.prompt_cache_file)
+    source = saved.source(args.model, args.adapter_path, args.trust_remote_code)
+    args.model = source.name
+    return args, saved, source
+
+
 def _run(args: argparse.Namespace, generator: Generator) -> None:
-    """mlx-lm's server of HTTP, with our handler: its own ``run`` takes none."""
+    """mlx-lm's server of HTTP, with our handler: its own ``run`` takes none. Only rank 0 has one."""
+    if ranks.rank():
+        generator.join()
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what waits is answered before the process ends
     warnings.filterwarnings("ignore", "mlx_lm.server is not recommended")  # said above, where it matters
     try:
@@ -156,8 +166,7 @@ def _lines(served: Served, args: argparse.Namespace) -> list[str]:
 def _check(args: argparse.Namespace) -> None:
     """Flags that do not work for a server, and values without meaning."""
     args.num_draft_tokens = 0  # mlx-lm's handler wants a number
-    if mx.distributed.init().size() > 1:
-        raise UserError("this server runs in one process: start it without mlx.launch")
+    flags.check_several(args)
     if args.kv_budget is not None:
         kind = Budget.parse(args.kv_budget).kind
         if kind == "fraction":

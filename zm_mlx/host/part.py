@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +66,7 @@ def most(model: nn.Module, number: int) -> int:
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
     """Let a model whose layers are split be called by one rank: it takes embeddings for what earlier layers give."""
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     if part_of(model) is None or not hasattr(inner, "pipeline_size"):
         yield
         return

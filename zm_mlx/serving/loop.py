@@ -12,9 +12,12 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.server import Response, ResponseGenerator, _format_top_logprobs, _make_logits_processors, _make_sampler
 
+from .. import launched
 from ..errors import UnsupportedModelError, UserError
+from ..host.ranks import drawn_by_first
 from . import status
 from .job import Job, Prompt
+from .orders import Orders
 from .preparing import Preparing, seeded
 from .provider import Provider, Served
 from .refusal import ClientLeft, Refusal
@@ -111,11 +114,13 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
             self._generation_failed = True
             self.loaded.set_exception(error)
             return
-        while not self._stop:
+        going = True
+        while going:
             self.beat = time.monotonic()
             try:
-                self._round()
+                going = self._round()
             except Exception as error:
+                launched.fail(error)
                 logging.exception("a step failed; its requests fail, others go on")
                 self._abandon(Refusal(500, f"generation failed: {type(error).__name__}: {error}"))
                 time.sleep(IDLE)
@@ -126,38 +131,84 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
         self.model_provider.reset()  # arrays end in the thread that made them
         gc.collect()
 
-    def _round(self) -> None:
-        self._forget()
-        self._admit()
+    def _round(self) -> bool:
+        """What is to be done next; ``False`` once the server is to end."""
+        orders = self._orders()
+        if orders.stop:
+            self._stop = True
+            return False
+        self._forget(orders.gone)
+        for job in orders.jobs:
+            self._admit(job)
         if self._running:
             self._step()
-        else:
+        elif self._rank == 0:  # others wait for its orders
             self.waiting.wait(IDLE)
+        return True
 
-    def _forget(self) -> None:
+    def _orders(self) -> Orders:
+        """What rank 0 decides, on all ranks."""
+        if self._rank:
+            return Orders.heard(self._share_object(None), self._stop_of)
+        orders = Orders(stop=self._stop)
+        if not orders.stop:
+            orders.gone = [uid for uid, running in self._running.items() if running.job.abandoned]
+            orders.jobs = list(self._admissible(len(self._running) - len(orders.gone)))
+        self._share_object(orders.told())
+        return orders
+
+    def _stop_of(self, prompt: Prompt, args: Any) -> Any:
+        return self._make_state_machine(prompt.key, self.model_provider.tokenizer, args.stop_words)[0]
+
+    def _forget(self, gone: list[int]) -> None:
         """Take the sequences out of the batch whose clients have gone."""
-        gone = [uid for uid, running in self._running.items() if running.job.abandoned]
         if gone:
             self._batch.remove(gone)
             for uid in gone:
                 del self._running[uid]
             self._publish()
 
-    def _admit(self) -> None:
-        """Let requests in, in the order they came, as long as a slot is free or a snapshot's can be taken."""
+    def _admissible(self, running: int) -> Iterator[Job]:
+        """Requests to let in, in the order they came, as long as a slot is free or a snapshot's can be taken.
+
+        Args:
+            running: sequences in the batch.
+        """
         while (job := self.waiting.first()) is not None:
             key = self.model_provider.key_of(job.args.model)
             served = self.model_provider.served
             if job.abandoned:
                 self.waiting.take(job)
             elif served is None or served.key != key:
-                if self._running:  # the model in use answers them first
-                    return
-                self._switch(job)
-            elif len(self._running) >= min(served.slots.total, self.cli_args.decode_concurrency):
+                if not running:  # the model in use answers others first
+                    yield job
                 return
-            elif self.waiting.take(job):
-                self._insert(job, served)
+            elif running >= min(served.slots.total, self.cli_args.decode_concurrency):
+                return
+            elif self.waiting.take(job) and self._prepared(job, served):
+                running += 1
+                yield job
+
+    def _prepared(self, job: Job, served: Served) -> bool:
+        """Whether a request is tokenised; one that cannot be is refused."""
+        try:
+            if job.prompt is None or job.prompt.key != served.key:
+                job.prompt = self._prepare(job, served)
+        except Refusal as refusal:
+            job.put(refusal)
+        except Exception as error:
+            logging.exception("a request cannot be read")
+            job.put(Refusal(500, f"{type(error).__name__}: {error}"))
+        else:
+            return True
+        return False
+
+    def _admit(self, job: Job) -> None:
+        served = self.model_provider.served
+        if served is None or served.key != self.model_provider.key_of(job.args.model):
+            self._switch(job)
+        elif job.prompt is not None:
+            self._insert(job, job.prompt, served)
 
     def _switch(self, job: Job) -> None:
         """Load the model that a request names, or refuse the request."""
@@ -199,29 +250,27 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
         self._batch = None
         mx.clear_cache()
 
-    def _insert(self, job: Job, served: Served) -> None:
+    def _insert(self, job: Job, prompt: Prompt, served: Served) -> None:
         """Put a request into the batch, behind the longest snapshot that its prompt begins with."""
         args = job.args
         try:
-            if job.prompt is None or job.prompt.key != served.key:
-                job.prompt = self._prepare(job, served)
-            prompt = job.prompt
             hit = self.snapshots.use(prompt.tokens, prompt.user_turn)
             self.snapshots.shrink(served.slots.total - len(self._running) - 1)
             held = 0 if hit is None else hit.held
             sampler = _make_sampler(args, served.tokenizer)
+            if args.seed is not None:
+                sampler = seeded(sampler, args.seed)
             (uid,) = self._batch.insert_segments(
                 segments=[prompt.segments(held)],
                 max_tokens=[args.max_tokens],
                 caches=[served.fresh() if hit is None else hit.caches],
                 all_tokens=[prompt.tokens[:held]],
-                samplers=[sampler if args.seed is None else seeded(sampler, args.seed)],
+                samplers=[drawn_by_first(sampler) if self._is_distributed else sampler],
                 logits_processors=[_make_logits_processors(args)],
                 stop_sequences=[prompt.stop],
             )
-        except Refusal as refusal:
-            job.put(refusal)
         except Exception as error:
+            launched.fail(error)
             logging.exception("a request cannot be taken")
             job.put(Refusal(500, f"{type(error).__name__}: {error}"))
         else:

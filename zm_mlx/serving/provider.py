@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm import server as mlx_lm_server
 from mlx_lm.server import ModelProvider
 
 from .. import flags, prompts
@@ -15,11 +16,13 @@ from ..budget import Budget
 from ..calibration.table import TableError
 from ..errors import UnsupportedModelError, UserError
 from ..flags import DEFAULT_MODEL
+from ..host import ranks
 from ..host.caches import Wish
 from ..host.memory import free_bytes
 from ..host.model_caches import zero_merge
+from ..host.part import least
 from ..host.plan import Plan, context_of, plan_cache
-from ..loading import NO_LIMIT, Source, folder_of, load_vocabulary, widen
+from ..loading import NO_LIMIT, Source, folder_of, load_split, load_vocabulary, widen
 from .slots import Cost, Slots, measure, require, require_memory
 
 ROWS = 2048  # per head, where nothing else is asked for: a server does not know its prompts
@@ -97,20 +100,30 @@ class Provider(ModelProvider):  # type: ignore[misc]
         Raises:
             UserError: there is no such model, or it does not fit; ``UnsupportedModelError`` as for a plan.
         """
-        name = self._source.asked if model_path == self._source.name else "model"
-        load_vocabulary(Source(model_path, name, adapter_path, self.cli_args.trust_remote_code))
+        source = Source(
+            model_path,
+            self._source.asked if model_path == self._source.name else "model",
+            adapter_path,
+            self.cli_args.trust_remote_code,
+        )
+        ranks.agreed(lambda: load_vocabulary(source))
         try:
-            super()._load(model_path, adapter_path, draft_model_path)
-        except Exception as error:  # the loader and the Hub fail in many ways
-            self.reset()
-            raise UserError(f"{name} {model_path}: cannot be loaded ({type(error).__name__}: {error})") from error
-        try:
-            if model_path == DEFAULT_MODEL and widen(self.model, self._itemsize):
-                mx.eval(self.model.parameters())
-            self.served = self._serve(model_path)
+            ranks.agreed(lambda: self._load_here(source, draft_model_path))
         except BaseException:
             self.reset()
             raise
+
+    def _load_here(self, source: Source, draft_model_path: str | None) -> None:
+        mlx_lm_server.sharded_load = load_split
+        try:
+            super()._load(source.name, source.adapter, draft_model_path)
+        except UserError:  # of how it is split
+            raise
+        except Exception as error:  # the loader and the Hub fail in many ways
+            raise UserError(f"{source.words}: cannot be loaded ({type(error).__name__}: {error})") from error
+        if source.name == DEFAULT_MODEL and widen(self.model, self._itemsize):
+            mx.eval(self.model.parameters())
+        self.served = self._serve(source.name)
 
     def _serve(self, name: str) -> Served:
         plan = plan_of(self.model, self.cli_args, name)
@@ -118,7 +131,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
         mx.eval([c.operations.turn for c in zero_merge(caches) if c.operations.turn is not None])
         cost, vocabulary = measure(self.model, plan, copy.deepcopy(caches))
         most = self.cli_args.decode_concurrency + self.cli_args.prompt_cache_size
-        slots = Slots.of(memory(self.cli_args), cost, self.cli_args.prompt_concurrency, most)
+        slots = Slots.of(memory(self.cli_args, self.model), cost, self.cli_args.prompt_concurrency, most)
         require(plan, slots)
         require_memory(self.model, plan, slots, self.cli_args.prefill_step_size, self.cli_args.force)
         self.tokenizer.model_max_length = NO_LIMIT  # longer prompts are refused, without transformers' words
@@ -161,7 +174,7 @@ def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
         raise UserError(f"--kv-budget: {error}") from error
 
 
-def memory(args: argparse.Namespace) -> int:
+def memory(args: argparse.Namespace, model: nn.Module) -> int:
     """Bytes for all KV caches: as given, or half of what is free now that the model is loaded.
 
     Raises:
@@ -169,7 +182,7 @@ def memory(args: argparse.Namespace) -> int:
     """
     if args.max_kv_memory is not None:
         return int(Budget.parse(args.max_kv_memory).value)
-    free = free_bytes()
+    free = least(model, free_bytes())
     if free is None:
         raise UserError("--max-kv-memory is needed: this system does not say how much memory is free")
     return free // 2

@@ -14,6 +14,7 @@ from ..host.cache import ZeroMergeCache
 from ..host.guard import Load, guard
 from ..host.memory import free_bytes
 from ..host.model_caches import members
+from ..host.part import least, most
 from ..host.plan import Plan, context_of
 from ..phases import PIECE
 from ..report import size
@@ -65,7 +66,7 @@ class Slots:
 
 
 def measure(model: nn.Module, plan: Plan, caches: Sequence[Any]) -> tuple[Cost, int]:
-    """What a sequence costs, and the size of the model's vocabulary.
+    """What a sequence costs, on the rank where it costs the most, and the size of the model's vocabulary.
 
     Args:
         caches: empty ones of the plan; they are used up.
@@ -79,9 +80,9 @@ def measure(model: nn.Module, plan: Plan, caches: Sequence[Any]) -> tuple[Cost, 
     logits = model(mx.array([[0]]), cache=caches)  # its shape is known without its values
     others = sum(int(c.nbytes) for c in members(caches) if not isinstance(c, ZeroMergeCache))
     cost = Cost(
-        sequence=plan.nbytes + max(others, plan.other_bytes),
-        piece=plan.piece_bytes,
-        store=max(a.nbytes(s) for a, s in zip(plan.layouts, plan.shapes, strict=True)),
+        sequence=most(model, plan.nbytes + max(others, plan.other_bytes)),
+        piece=most(model, plan.piece_bytes),
+        store=most(model, max(a.nbytes(s) for a, s in zip(plan.layouts, plan.shapes, strict=True))),
     )
     return cost, int(logits.shape[-1])
 
@@ -120,10 +121,10 @@ def require_memory(model: nn.Module, plan: Plan, slots: Slots, step: int, force:
     Raises:
         MemoryGuardError: the message names what would fit.
     """
-    room = free_bytes(reserve=0)
+    room = least(model, free_bytes(reserve=0))
+    rows = most(model, max(n for layout in plan.layouts for n in layout.rows)) + 2 * PIECE
 
     def need(tried: Slots) -> int:
-        rows = max(n for layout in plan.layouts for n in layout.rows) + 2 * PIECE
         tokens = min(rows, context_of(model) or rows)  # longer prompts take no more
         return guard(model, plan, Load(tokens, step, tried.total, tried.prompts), force=True).new
 
