@@ -12,7 +12,10 @@ import mlx.core as mx
 from . import policies
 from .phases import ExactPrompt, Phase, Piece, Streaming
 from .policies import Policy
+from .state.coded import Coded, Codes
+from .state.coding import Coding
 from .state.layout import Layout
+from .state.mixed import Held, Mixed
 from .state.rows import Dense
 from .state.state import Kept, Residuals, Scores, State
 
@@ -38,6 +41,7 @@ def pack(contents: Contents) -> Packed:
     facts = {
         "format": FORMAT,
         "layout": [layout.residual, list(layout.context), layout.proximity, layout.staging, layout.reading],
+        "coding": None if layout.coding is None else [layout.coding.bits, layout.coding.group],
         "policy": {"name": policies.name_of(policy), **policy.as_dict()},
         "prompt": None if prompt is None else [prompt.length, prompt.before, prompt.scale, prompt.name, prompt.cap],
         "clock": None if state is None else [state.departed, state.filled, state.since_compaction],
@@ -61,7 +65,10 @@ def unpack(packed: Sequence[Any]) -> Contents:
         raise ValueError(
             f"the cache was saved with the policy {name!r}, which is none of {', '.join(policies.BY_NAME)}"
         )
-    residual, context, *rest = facts["layout"]
+    residual, context, proximity, staging, reading = facts["layout"]
+    coding = facts.get("coding")  # older files have none
+    coding = None if coding is None else Coding(*coding)
+    layout = Layout(residual, tuple(context), proximity, staging, reading, coding)
     arrays = [None if x is None else mx.array(x) for x in found]
     *stores, queries, sinks, turn = arrays
     phase: Phase = Streaming()
@@ -69,20 +76,28 @@ def unpack(packed: Sequence[Any]) -> Contents:
         length, before, scale, kind, *cap = facts["prompt"]  # older files have no cap
         phase = (Piece if kind == Piece.name else ExactPrompt)(length, before, queries, scale, sinks, *cap)
     return Contents(
-        Layout(residual, tuple(context), *rest),
+        layout,
         policies.BY_NAME[name](**facts["policy"]),
         phase,
-        _state(stores, facts["clock"]) if stores else None,
+        _state(stores, facts["clock"], layout.coding) if stores else None,
         turn,
     )
 
 
-def _state(arrays: list[Any], clock: list[int]) -> State:
+def _state(arrays: list[Any], clock: list[int], coding: Coding | None) -> State:
     """The inverse of ``State.arrays``."""
     rest = iter(arrays)
 
     def some(count: int) -> list[mx.array]:
         return [next(rest) for _ in range(count)]
 
-    kept = Kept(Dense(*some(2)), *some(2))
-    return State(kept, Residuals(*some(4)), Dense(*some(2)), Scores(*some(2)), Scores(*some(2)), *clock)
+    def numbers() -> Dense:
+        return Dense(*some(2))
+
+    if coding is None:
+        kept, residuals = Kept(numbers(), *some(2)), Residuals(*some(4))
+        return State(kept, residuals, numbers(), Scores(*some(2)), Scores(*some(2)), *clock)
+    held = Held(numbers(), Coded(Codes(*some(3)), Codes(*some(3)), coding))
+    kept, residuals = Kept(held, *some(2)), Residuals(*some(4))
+    coded = Coded(Codes(*some(3)), Codes(*some(3)), coding)
+    return State(kept, residuals, Mixed(numbers(), coded, True), Scores(*some(2)), Scores(*some(2)), *clock)

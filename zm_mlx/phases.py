@@ -33,7 +33,7 @@ class Streaming:
 
     def recent_rows(self, layout: Layout) -> int:
         """Rows of the recent store that an empty cache begins with."""
-        return layout.recent
+        return layout.open
 
     def room(self, state: State, ops: Operations) -> int:
         """Tokens until something happens: the staging region is full."""
@@ -96,7 +96,7 @@ class ExactPrompt:
 
     def recent_rows(self, layout: Layout) -> int:
         """Rows of the recent store that an empty cache begins with."""
-        return max(layout.recent, self.length)
+        return max(layout.open, self.length)
 
     def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
         """Room for the whole prompt; or its end, if the call comes from decoding though the prompt is not complete.

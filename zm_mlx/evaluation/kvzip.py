@@ -58,7 +58,7 @@ class Repeating(Whole):
 
     def _attention(self, queries: mx.array, scale: float) -> mx.array:
         """Maxima [H, span] over queries [H * G, L, D], of which the last is of the newest row."""
-        keys = self.whole().recent.keys[0, :, : self.whole().filled]
+        keys = self.whole().newest.keys[0, :, : self.whole().filled]
         span, length = slice(self.span.begin, self.span.end), queries.shape[1]
         seen = mx.concatenate([keys[:, :SINKS], keys[:, span], keys[:, self.prompt :]], axis=1).astype(mx.float32)
         count, ours = seen.shape[1], slice(SINKS, SINKS + self.found.shape[1])

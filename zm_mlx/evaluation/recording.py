@@ -73,7 +73,7 @@ class Whole(Guest):
         return self.layer
 
     def arrays(self) -> list[mx.array]:
-        return list(self.whole().recent)
+        return self.whole().recent.arrays()
 
 
 class Recorder(Whole):
@@ -100,7 +100,7 @@ class Recorder(Whole):
 
     def recorded(self) -> Layer:
         """All that was computed."""
-        rows = self.whole().recent
+        rows = self.whole().newest
         queries = mx.concatenate([c.queries for c in self.calls], axis=2)
         mx.eval(queries)
         return Layer(rows, self.calls[-1]._replace(queries=queries))

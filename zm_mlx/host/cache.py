@@ -274,12 +274,12 @@ class ZeroMergeCache:
     @property
     def keys(self) -> mx.array | None:
         """The recent keys (mlx-lm's pipelines assign it to order their communication)."""
-        return None if self.layer is None else self.layer.recent.keys
+        return None if self.layer is None else self.layer.newest.keys
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
         if self.layer is not None:
-            self.layer = self.layer._replace(recent=self.layer.recent._replace(keys=keys))
+            self.layer = self.layer.with_newest(self.layer.newest._replace(keys=keys))
 
     @property
     def state(self) -> Packed:

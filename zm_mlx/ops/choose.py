@@ -55,13 +55,13 @@ class Operations:
 
     def attend_whole(self, call: Call, state: State) -> mx.array:
         """Attention alone: mlx's own as long as all rows are in the recent store."""
-        return self.attend(call, state)[0] if state.departed else uncompressed.attend(call, state)
+        return self.attend(call, state)[0] if state.departed or state.closed else uncompressed.attend(call, state)
 
     def bind(self, call: Call, state: State) -> Step:
         """``attend`` for one token after the other until the next compaction, as ``decode.bind``."""
         if self._on_metal("attend", state, call):
             return attend.bind(call, state, self.layout, self.policy)
-        if call.queries.dtype == state.recent.dtype == mx.float32 and call.cap is None:
+        if call.queries.dtype == state.recent.dtype == mx.float32 and call.cap is None and self.layout.coding is None:
             return decode.bind(call, state, self.layout, self.policy)
 
         def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
@@ -96,6 +96,8 @@ class Operations:
     def _on_metal(self, name: str, state: State, call: Call | None = None) -> bool:
         """Whether a kernel computes."""
         if self.kernels == "ops" or (self.kernels == "auto" and not has_metal()):
+            return False
+        if self.layout.coding is not None:
             return False
         dtype, groups = state.recent.dtype, 1
         if call is not None:

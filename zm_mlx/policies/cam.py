@@ -1,10 +1,12 @@
 """CaM (Zhang et al., ICML 2024, openreview LCTmppB165): evicted values are merged into the tokens that follow."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..state.mixed import numbers_of
 from ..state.state import State
 from .selection import without_nan
 from .streaming_llm import StreamingLLM
@@ -28,6 +30,7 @@ class CaM(StreamingLLM):
     """
 
     merged: int = 32
+    numbers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +51,10 @@ class CaM(StreamingLLM):
         filled = slice(first, before.filled)
         draws = probabilities(before.scores.recent[:, :, filled], self.merged)[:, :, : leaving - first]
         joins = mx.random.bernoulli(draws, key=mx.random.key(before.departed))
-        values = passed_on(before.recent.values[:, :, filled], joins, self.merged)
+        values = passed_on(numbers_of(before.recent).values[:, :, filled], joins, self.merged)
         stay = values[:, :, leaving - first :].astype(after.recent.dtype)
-        rest = after.recent.values[:, :, after.filled :]
-        return after._replace(recent=after.recent._replace(values=mx.concatenate([stay, rest], axis=2)))
+        rest = numbers_of(after.recent).values[:, :, after.filled :]
+        return after.with_newest(after.newest._replace(values=mx.concatenate([stay, rest], axis=2)))
 
 
 def probabilities(attention: mx.array, merged: int) -> mx.array:

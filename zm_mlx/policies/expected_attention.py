@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..state.layout import Group, Layout
+from ..state.mixed import numbers_of
 from ..state.rows import Dense
 from ..state.state import Scores, State, joined, rectangle
 from . import allocation
@@ -49,6 +50,7 @@ class ExpectedAttention(Windowed):
     sinks: int = 4
     safeguard: float = 0.2
     queries: Queries | None = field(default=None, compare=False)
+    numbers: ClassVar[bool] = True
     needs: ClassVar[str | None] = "the distribution of the prompt's queries"
 
     def __post_init__(self) -> None:
@@ -86,7 +88,9 @@ class ExpectedAttention(Windowed):
         """Importance of a group's kept and recent rows [B, h, rows + n]."""
         heads = slice(group.first_head, group.stop_head)
         order = mx.array(layout.order[heads])
-        rows = Dense.joined([state.kept.of(group).rows, state.recent.map(lambda x: x[:, heads])], axis=2)
+        rows = Dense.joined(
+            [numbers_of(x) for x in (state.kept.of(group).rows, state.recent.map(lambda x: x[:, heads]))], axis=2
+        )
         weight, position = rectangle(state.kept.weight, group), rectangle(state.kept.position, group)
         recent = mx.arange(state.recent_rows)
         behind = (*weight.shape[:2], state.recent_rows)

@@ -2,12 +2,13 @@
 
 import mlx.core as mx
 
+from ..state.coded import Coded
 from ..state.rows import Dense, products
 from ..state.state import Merged, Residuals
 from .selection import without_nan
 
 
-def merge(merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
+def merge(merged: Merged, victims: Dense | Coded, scores: mx.array, fresh: bool) -> Merged:
     """Merge victims into the residual rows of one group (paper: residual merging).
 
     Each victim joins the residual row r* = argmax_r k·k_r (ties: the lowest; NaN counts as -inf), by the
@@ -24,7 +25,7 @@ def merge(merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merg
         target = mx.broadcast_to(mx.arange(count) * residual // max(count, 1), scores.shape)
     else:
         nearest = [
-            mx.argmax(without_nan(products(victims.keys[:, :, t], merged.rows.keys)), axis=-1) for t in victims.tiles()
+            mx.argmax(without_nan(products(victims.dense(t).keys, merged.rows.keys)), axis=-1) for t in victims.tiles()
         ]
         target = mx.concatenate(nearest, axis=-1)
     joins = target[..., None] == mx.arange(residual)  # [B, h, v, R]
@@ -32,7 +33,7 @@ def merge(merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merg
     key_sum = value_sum = square_sum = mx.array(0.0)
     for t in victims.tiles():
         to_rows = share[:, :, t].swapaxes(-1, -2)
-        k, v = victims.keys[:, :, t].astype(mx.float32), victims.values[:, :, t].astype(mx.float32)
+        k, v = victims.dense(t)
         key_sum, value_sum = key_sum + to_rows @ k, value_sum + to_rows @ v
         square_sum = square_sum + (to_rows @ (k * k).sum(axis=-1, keepdims=True))[..., 0]
     weight = share.sum(axis=2)

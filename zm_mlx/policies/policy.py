@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
+from ..state.coded import Coded
+from ..state.coding import GROUPS, Coding
 from ..state.layout import Layout, smallest_rows
 from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
@@ -36,6 +38,8 @@ class Policy:
         newest: proximity rows at least, as far as half of the rows go: what a share gives is too few where N is small.
         score: what importance is: "attention" alone, or united with what tokens are worth when the prompt is read
             again: by the queries it has, moved behind it ("replay"), or by the model's second reading ("reread").
+        kv_bits: of a number in rows that a compaction has passed, 8 or 4; ``None`` leaves them as they came.
+        kv_group_size: numbers that share a scale and a bias, 64 or 32; ``None`` is 64.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -50,8 +54,11 @@ class Policy:
     pool: int = 13
     newest: int = 1
     score: Score = "attention"
+    kv_bits: int | None = None
+    kv_group_size: int | None = None
 
     needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
+    numbers: ClassVar[bool] = False  # whether importance is made of, or changes, keys or values themselves
     shared: ClassVar[bool] = True  # whether the model's table, where there is one, shares its rows out among heads
 
     def __post_init__(self) -> None:
@@ -77,6 +84,11 @@ class Policy:
             raise ValueError(f"pool must be an odd number of rows, not {self.pool}")
         if self.newest < 1:
             raise ValueError(f"newest must be 1 row or more, not {self.newest!r}")
+        if self.coding is not None and self.numbers:
+            raise ValueError(
+                f"kv_bits does not go with the policy {type(self).__name__}, which computes with the numbers of all "
+                "rows: leave kv_bits out, or take another policy"
+            )
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
 
@@ -96,6 +108,7 @@ class Policy:
             staging=self.staging,
             newest=self.newest,
             reading=self.reads,
+            coding=self.coding,
         )
 
     def layouts(self, rows: int, heads: Sequence[int]) -> tuple[Layout, ...]:
@@ -113,6 +126,11 @@ class Policy:
             importance: in each layer, of the tokens that compete for context rows, [H, n] in the order of positions.
         """
         return tuple(layouts)
+
+    @property
+    def coding(self) -> Coding | None:
+        """What rows become when a compaction passes them."""
+        return None if self.kv_bits is None else Coding(self.kv_bits, self.kv_group_size or GROUPS[0])
 
     @property
     def smallest(self) -> int:
@@ -161,7 +179,7 @@ class Policy:
         """Rows on either side of a row over which ``select`` pools; ``importance`` of ranks has done it before."""
         return self.pool // 2 if self.score == "attention" else 0
 
-    def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
+    def merge(self, merged: Merged, victims: Dense | Coded, scores: mx.array, fresh: bool) -> Merged:
         """A group's residual rows with the victims in them (see ``merging.merge``)."""
         return merging.merge(merged, victims, scores, fresh)
 
@@ -181,5 +199,6 @@ class Policy:
         return mx.minimum(self.kappa, 0.5 * spread * norms)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings."""
-        return asdict(self)
+        """The settings; those of codes where there are any."""
+        found = asdict(self)
+        return {n: x for n, x in found.items() if x is not None or n not in ("kv_bits", "kv_group_size")}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..state.coded import Coded
 from ..state.rows import Dense
 from ..state.state import Merged
 from .policy import Policy, Score
@@ -29,7 +30,7 @@ class ZeroMerge(Policy):
         """Residual rows change at a prompt's end alone."""
         return self.residual > 0
 
-    def merge(self, merged: Merged, victims: Dense, scores: mx.array, fresh: bool) -> Merged:
+    def merge(self, merged: Merged, victims: Dense | Coded, scores: mx.array, fresh: bool) -> Merged:
         """The residual rows as they are: victims are dropped, and at a prompt's end a row is fitted to them."""
         return (
             merged._replace(weight=mx.zeros_like(merged.weight), score=mx.zeros_like(merged.score)) if fresh else merged

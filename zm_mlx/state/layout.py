@@ -6,6 +6,8 @@ from functools import cached_property
 from itertools import groupby
 from operator import index
 
+from .coding import Coding
+
 MAX_STAGING = 256
 MAX_ROWS = 2**31 - 1  # of one layer, all heads together: what an array's axis can count
 FLOAT32 = 4
@@ -24,6 +26,10 @@ class LayerShape:
     itemsize: int
     dtype: str = ""
     query_heads: int = field(default=0, compare=False)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.head_dim, self.value_dim
 
     @property
     def token_bytes(self) -> int:
@@ -47,6 +53,11 @@ class Group:
     rows: int
 
     @property
+    def residual(self) -> int:
+        """Rows of each head that are residual ones once tokens were merged or evicted."""
+        return self.rows - self.context
+
+    @property
     def stop_head(self) -> int:
         return self.first_head + self.heads
 
@@ -68,6 +79,7 @@ class Layout:
     proximity: int
     staging: int
     reading: bool = False  # rows carry the importance of a second reading as well
+    coding: Coding | None = None  # of the rows that a compaction has passed; residual ones stay numbers
 
     @classmethod
     def of(
@@ -80,6 +92,7 @@ class Layout:
         staging: int | None,
         newest: int = 1,
         reading: bool = False,
+        coding: Coding | None = None,
     ) -> "Layout":
         """Divide N rows per head, one number for all heads or one a head.
 
@@ -106,7 +119,7 @@ class Layout:
             raise ValueError(f"a budget of {max(table)} rows per head is too large: {MAX_ROWS} rows is the most")
         share = max(round(proximity * (mean - stage)), min(newest, int(mean - stage) // 2))
         recent = max(1, min(share, min(table) - residual - stage))
-        return cls(residual, tuple(n - residual - recent - stage for n in table), recent, stage, reading)
+        return cls(residual, tuple(n - residual - recent - stage for n in table), recent, stage, reading, coding)
 
     @property
     def heads(self) -> int:
@@ -116,6 +129,11 @@ class Layout:
     def recent(self) -> int:
         """Rows of the recent store, the same for all heads."""
         return self.proximity + self.staging
+
+    @property
+    def open(self) -> int:
+        """Rows of the recent store that hold numbers."""
+        return self.recent if self.coding is None else self.staging
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -155,9 +173,14 @@ class Layout:
     def nbytes(self, shape: LayerShape, batch: int = 1) -> int:
         """Bytes of all arrays of one layer's cache."""
         width, scores = shape.head_dim + shape.value_dim, 1 + self.reading
-        kept = self.starts[-1] * (width * shape.itemsize + (2 + scores) * FLOAT32)  # weight, position
-        recent = self.heads * self.recent * (width * shape.itemsize + scores * FLOAT32)
+        row = passed = width * shape.itemsize
+        if self.coding is not None:
+            passed = sum(self.coding.nbytes(d, shape.itemsize) for d in shape.dims)
+        kept = self.starts[-1] * (passed + (2 + scores) * FLOAT32)  # weight, position
+        recent = self.heads * (self.open * row + (self.recent - self.open) * passed + self.recent * scores * FLOAT32)
         sums = self.heads * self.residual * (width + 2) * FLOAT32  # sums, squares, spread
+        if self.coding is not None:
+            sums += self.heads * self.residual * row  # beside their places among the codes
         return batch * (kept + recent + sums)
 
 

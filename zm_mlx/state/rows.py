@@ -45,6 +45,9 @@ class Dense(NamedTuple):
     def value_dim(self) -> int:
         return int(self.values.shape[-1])
 
+    def arrays(self) -> list[mx.array]:
+        return [self.keys, self.values]
+
     def map(self, change: Callable[[mx.array], mx.array]) -> "Dense":
         """Rows cut, chosen or reshaped along the axes before the last one, by the same change of all arrays."""
         return Dense(change(self.keys), change(self.values))
@@ -52,6 +55,32 @@ class Dense(NamedTuple):
     def zip(self, other: "Dense", change: Callable[[mx.array, mx.array], mx.array]) -> "Dense":
         """These rows and others, put together by the same change of all pairs of arrays."""
         return Dense(change(self.keys, other.keys), change(self.values, other.values))
+
+    def cut(self, begin: int, end: int) -> "Dense":
+        """The rows from ``begin`` to ``end``."""
+        return Dense(self.keys[..., begin:end, :], self.values[..., begin:end, :])
+
+    def dense(self, tile: slice = slice(None)) -> "Dense":
+        """Rows as numbers in float32."""
+        return Dense(*(x[..., tile, :].astype(mx.float32) for x in self))
+
+    # ---- as a kept store, all of whose rows are numbers (see ``mixed.Held``)
+
+    @property
+    def moving(self) -> "Dense":
+        """The rows that compactions move."""
+        return self
+
+    def residual_rows(self, count: int) -> "Dense":
+        """The ``count`` residual rows of each head, which are its first ones."""
+        return self.map(lambda x: x[:, :, :count])
+
+    def with_residual(self, rows: "Dense") -> "Dense":
+        """With other residual rows, written in place."""
+        self.write(0, rows)
+        return self
+
+    # ---- arithmetic
 
     def write(self, begin: int, new: "Dense") -> None:
         """Put ``new`` rows [B, H, l] in place, from row ``begin`` on."""

@@ -7,11 +7,14 @@ B sequences, H KV heads in the layout's order of storage, K = Σ_h (R + M_h) kep
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .coded import Coded
+from .coding import Coding
 from .layout import Group, LayerShape, Layout
+from .mixed import Held, Mixed, Rows, numbers_of
 from .rows import Dense
 
 
@@ -39,19 +42,79 @@ class Kept(NamedTuple):
     tokens behind a row (0: empty), a position that of a raw token (-1: none).
     """
 
-    rows: Dense
+    rows: Dense | Held
     weight: mx.array
     position: mx.array
 
-    def of(self, group: Group) -> "Kept":
-        """The rows of one group as rectangles: [B, K, …] becomes [B, heads, rows, …]."""
-        return Kept(
-            self.rows.map(lambda x: rectangle(x, group)), rectangle(self.weight, group), rectangle(self.position, group)
+    def of(self, group: Group, departed: int = 0) -> "KeptGroup":
+        """The rows of one group as rectangles: [B, K, …] becomes [B, heads, rows, …].
+
+        Where rows are codes, ``departed`` says whether a head's first rows are residual ones.
+        """
+        return KeptGroup(self._rows(group, departed), rectangle(self.weight, group), rectangle(self.position, group))
+
+    def rectangles(self, group: Group) -> "Kept":
+        """The rows of one group in the form in which they are stored, as rectangles."""
+        heads = slice(group.first_head, group.stop_head)
+        rows: Dense | Held
+        if isinstance(self.rows, Dense):
+            rows = self.rows.map(lambda x: rectangle(x, group))
+        else:
+            coded = self.rows.coded.map(lambda x: rectangle(x, group))
+            rows = Held(self.rows.residual.map(lambda x: x[:, heads]), coded)
+        return Kept(rows, rectangle(self.weight, group), rectangle(self.position, group))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Kept]") -> "Kept":
+        """The inverse of ``rectangles`` over all groups."""
+        stores = [x.rows for x in parts]
+        held = [x for x in stores if isinstance(x, Held)]
+        rows = (
+            Held.joined(held)
+            if held
+            else Dense.joined([numbers_of(x).map(lambda y: y.flatten(1, 2)) for x in stores], axis=1)
+        )
+        return cls(rows, joined([x.weight for x in parts]), joined([x.position for x in parts]))
+
+    def with_first(self, group: Group, row: Dense, weight: mx.array) -> "Kept":
+        """With other first residual rows of a group's heads, [B, heads], and their weights."""
+        places = mx.arange(group.first_row, group.stop_row, group.rows)
+        row = row.map(lambda x: x.astype(self.rows.dtype))
+        rows: Dense | Held
+        if isinstance(self.rows, Dense):
+            rows = self.rows.zip(row, lambda x, y: _with(x, places, y))
+        else:
+            heads = slice(group.first_head, group.stop_head)
+            rows = self.rows._replace(residual=self.rows.residual.zip(row, lambda x, y: _with(x, (heads, 0), y)))
+        return self._replace(rows=rows, weight=_with(self.weight, places, weight))
+
+    def with_moving(self, moving: Dense | Coded) -> Dense | Held:
+        """The store with others in place of the rows that compactions move."""
+        return (
+            Held(self.rows.residual, moving)
+            if isinstance(self.rows, Held) and isinstance(moving, Coded)
+            else numbers_of(moving)
         )
 
-    def first(self, count: int) -> "Kept":
-        """The first ``count`` rows of each head of a group."""
-        return Kept(self.rows.map(lambda x: x[:, :, :count]), self.weight[:, :, :count], self.position[:, :, :count])
+    def _rows(self, group: Group, departed: int) -> Rows:
+        rows = self.rectangles(group).rows
+        if isinstance(rows, Dense):
+            return rows
+        if departed <= group.rows or not group.residual:
+            return rows.coded
+        return Mixed(rows.residual, rows.coded.cut(group.residual, group.rows), False)
+
+
+class KeptGroup(NamedTuple):
+    """The kept rows of a group of heads: rows, weight and position [B, heads, rows]."""
+
+    rows: Rows
+    weight: mx.array
+    position: mx.array
+
+    def first(self, count: int) -> "KeptGroup":
+        """The first ``count`` rows of each head."""
+        return KeptGroup(self.rows.cut(0, count), self.weight[:, :, :count], self.position[:, :, :count])
 
 
 class Residuals(NamedTuple):
@@ -108,11 +171,14 @@ class State(NamedTuple):
 
     ``scores`` is importance by attention. ``reading`` is what a raw token was worth when it was read a
     second time, 0 if it was not; where the layout has no such column, it has no elements.
+
+    Where rows become codes, those of the recent store that a compaction has passed are codes already, as many as are
+    filled, and the residual rows alone are numbers in the kept one.
     """
 
     kept: Kept
     residuals: Residuals
-    recent: Dense
+    recent: Dense | Mixed
     scores: Scores
     reading: Scores
     departed: int
@@ -124,15 +190,26 @@ class State(NamedTuple):
         """No tokens yet, for rows ``like`` those to come.
 
         Compactions are aligned so that none merges anything before token ``layout.capacity``.
+
+        Raises:
+            ValueError: rows of these lengths cannot become the layout's codes.
         """
         batch, dims = like.shape[0], (like.head_dim, like.value_dim)
         rows, sums = (batch, layout.starts[-1]), (batch, layout.heads, layout.residual)
         recent = (batch, layout.heads, recent_rows)
         scores = Scores(mx.zeros(rows), mx.zeros(recent))
+        kept: Dense | Held
+        newest: Dense | Mixed = Dense.zeros(recent, *dims, like.dtype)
+        if layout.coding is None:
+            kept = Dense.zeros(rows, *dims, like.dtype)
+        else:
+            coding = Coding.fitting(layout.coding.bits, layout.coding.group, dims)
+            kept = Held(Dense.zeros(sums, *dims, like.dtype), Coded.zeros(rows, *dims, like.dtype, coding))
+            newest = Mixed(numbers_of(newest), Coded.zeros((*recent[:2], 0), *dims, like.dtype, coding), True)
         return cls(
-            kept=Kept(Dense.zeros(rows, *dims, like.dtype), mx.zeros(rows), mx.full(rows, -1, mx.int32)),
+            kept=Kept(kept, mx.zeros(rows), mx.full(rows, -1, mx.int32)),
             residuals=Residuals(mx.zeros(sums), mx.zeros((*sums, dims[0])), mx.zeros((*sums, dims[1])), mx.zeros(sums)),
-            recent=Dense.zeros(recent, *dims, like.dtype),
+            recent=newest,
             scores=scores,
             reading=(Scores.zeros_like if layout.reading else Scores.none_like)(scores),
             departed=0,
@@ -153,7 +230,27 @@ class State(NamedTuple):
     @property
     def recent_rows(self) -> int:
         """Rows that the recent store has room for."""
-        return int(self.recent.keys.shape[2])
+        return int(self.recent.shape[2])
+
+    @property
+    def newest(self) -> Dense:
+        """The part of the recent store that new rows are written into."""
+        return self.recent.numbers if isinstance(self.recent, Mixed) else self.recent
+
+    @property
+    def passed(self) -> Dense | Coded:
+        """The rows that a compaction moves into the kept store, in the form in which this stores them."""
+        return self.recent.coded if isinstance(self.recent, Mixed) else self.recent
+
+    def with_newest(self, newest: Dense) -> "State":
+        """The state with other arrays in place of ``newest``."""
+        recent = self.recent._replace(numbers=newest) if isinstance(self.recent, Mixed) else newest
+        return self._replace(recent=recent)
+
+    @property
+    def closed(self) -> int:
+        """Rows of the recent store that are codes."""
+        return self.recent.edge if isinstance(self.recent, Mixed) else 0
 
     @property
     def shape(self) -> LayerShape:
@@ -163,16 +260,16 @@ class State(NamedTuple):
 
     def takes(self, new: Dense) -> bool:
         """Whether new rows [B, H, L] have the batch, heads, dims and dtype of these."""
-        keys, mine = new.keys.shape, self.recent.keys.shape
+        mine = self.newest
         return bool(
-            keys[:2] == mine[:2]
-            and keys[3] == mine[3]
-            and new.values.shape[3] == self.recent.values.shape[3]
-            and new.keys.dtype == self.recent.keys.dtype
+            new.shape[:2] == mine.shape[:2]
+            and (new.head_dim, new.value_dim) == (mine.head_dim, mine.value_dim)
+            and new.dtype == mine.dtype
         )
 
     def arrays(self) -> list[mx.array]:
-        return [*self.kept.rows, *self.kept[1:], *self.residuals, *self.recent, *self.scores, *self.reading]
+        recent = self.recent.arrays()
+        return [*self.kept.rows.arrays(), *self.kept[1:], *self.residuals, *recent, *self.scores, *self.reading]
 
     def branch(self) -> "State":
         """An equal state that may go on by itself: its recent store shares memory until either is written."""
@@ -187,12 +284,20 @@ class State(NamedTuple):
         """The state without the ``leaving`` oldest recent rows, in a recent store of ``rows`` rows."""
         count = self.filled - leaving
 
-        def moved(x: mx.array) -> mx.array:
-            behind = [(0, 0)] * 2 + [(0, rows - count)] + [(0, 0)] * (x.ndim - 3)
-            return mx.pad(x[:, :, leaving : leaving + count], behind)
+        def moved(x: mx.array, begin: int = leaving, end: int = self.filled, rows: int = rows) -> mx.array:
+            behind = [(0, 0)] * 2 + [(0, rows - (end - begin))] + [(0, 0)] * (x.ndim - 3)
+            return mx.pad(x[:, :, begin:end], behind)
 
+        recent = self.recent
+        if isinstance(recent, Mixed):
+            closed = recent.edge
+            begin, end, room = max(0, leaving - closed), self.filled - closed, rows - max(0, closed - leaving)
+            numbers = recent.numbers.map(lambda x: moved(x, begin, end, room))
+            recent = Mixed(numbers, recent.coded.cut(leaving, closed) if leaving else recent.coded, True)
+        else:
+            recent = recent.map(moved)
         return self._replace(
-            recent=self.recent.map(moved),
+            recent=recent,
             scores=self.scores._replace(recent=moved(self.scores.recent)),
             reading=self.reading._replace(recent=moved(self.reading.recent)) if self.reads else self.reading,
             departed=self.departed + leaving,
@@ -200,10 +305,23 @@ class State(NamedTuple):
         )
 
     def without_leaving(self, layout: Layout, leaving: int) -> "State":
-        """The state at the end of a compaction, once the kept store holds the ``leaving`` oldest recent rows."""
-        if not leaving and self.recent_rows <= layout.recent:
+        """The state without the ``leaving`` oldest recent rows, in a recent store of the layout's size."""
+        rows = layout.open + max(0, self.closed - leaving)
+        if not leaving and self.recent_rows == rows:
             return self
-        return self.with_recent_rows(layout.recent, leaving)
+        return self.with_recent_rows(rows, leaving)
+
+    def closing(self) -> "State":
+        """The state that a compaction begins with: all rows but the staged ones are codes, where rows become codes."""
+        if not isinstance(self.recent, Mixed):
+            return self
+        closed, stop = self.recent.edge, self.filled - self.since_compaction
+        if stop <= closed:
+            return self
+        new = Coded.of(self.recent.numbers.cut(0, stop - closed), self.recent.coded.coding)
+        coded = Coded.joined([self.recent.coded, new], axis=2) if closed else new
+        numbers = self.recent.numbers.map(lambda x: x[:, :, stop - closed :])
+        return self._replace(recent=Mixed(numbers, coded, True))
 
     def leaving(self, layout: Layout) -> int:
         """Recent rows that a compaction takes: all but the newest ``proximity`` and those staged since the last one."""
@@ -232,6 +350,13 @@ def joined(parts: Sequence[mx.array]) -> mx.array:
     """The inverse of ``rectangle`` over all groups."""
     flat = [x.flatten(1, 2) for x in parts]
     return flat[0] if len(flat) == 1 else mx.concatenate(flat, axis=1)
+
+
+def _with(x: mx.array, places: Any, new: mx.array) -> mx.array:
+    """x [B, …] with ``new`` at some places."""
+    x = mx.array(x)
+    x[(slice(None), *places) if isinstance(places, tuple) else (slice(None), places)] = new
+    return x
 
 
 def to_storage(x: mx.array, layout: Layout, axis: int) -> mx.array:

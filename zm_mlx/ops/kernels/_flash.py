@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Layout
+from ...state.mixed import numbers_of
 from ...state.state import Call, State
 from ._common import MAX_THREADGROUP_BYTES, SIMD, kernel, present
 
@@ -36,7 +37,8 @@ def flash(
         output [B, H * G, L, Dv] in the dtype of the queries (without ``with_output`` something to
         ignore), log-sum-exp [B, H * G, L] float32.
     """
-    queries, kept, recent = call.queries, state.kept, state.recent
+    queries, kept, recent = call.queries, state.kept, numbers_of(state.recent)
+    held = numbers_of(kept.rows)
     batch, query_heads, length, dim = queries.shape
     value_dim = recent.value_dim if with_output else 8
     tiles = -(-(query_heads // layout.heads * length) // (8 * QUERY_SIMDGROUPS))
@@ -47,8 +49,8 @@ def flash(
     out, log_sum_exp = kernel("attend_chunk", INPUTS, ("output", "log_sum_exp"))(
         inputs=[
             queries,
-            present(kept.rows.keys),
-            present(kept.rows.values),
+            present(held.keys),
+            present(held.values),
             present(kept.weight),
             present(state.residuals.spread),
             recent.keys,

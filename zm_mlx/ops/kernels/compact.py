@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Layout
+from ...state.mixed import numbers_of
 from ...state.rows import Dense
 from ...state.state import Kept, Merged, Scores, State
 from ._common import SIMD, kernel
@@ -73,7 +74,7 @@ def _held(state: State, layout: Layout) -> Merged:
     for group in layout.groups:
         kept = state.kept.of(group).first(layout.residual)
         parts.append(kept._replace(weight=kept.weight * (state.departed > group.rows)))
-    rows = Dense.joined([kept.rows for kept in parts], axis=1)
+    rows = Dense.joined([numbers_of(kept.rows) for kept in parts], axis=1)
     weight = mx.concatenate([kept.weight for kept in parts], axis=1)
     return Merged(rows, weight, mx.zeros(weight.shape), state.residuals)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Layout
+from ...state.mixed import numbers_of
 from ...state.state import Call, Scores, State
 from ._common import SIMD, kernel, present
 from ._flash import flash
@@ -35,11 +36,11 @@ def score(call: Call, state: State, layout: Layout, policy: Policy, log_sum_exp:
     on_kept, on_recent = kernel("score", INPUTS, ("new_kept_score", "new_recent_score"))(
         inputs=[
             queries,
-            present(kept.rows.keys),
+            present(numbers_of(kept.rows).keys),
             present(kept.weight),
             present(scores.kept),
             present(state.residuals.spread),
-            state.recent.keys,
+            numbers_of(state.recent).keys,
             scores.recent,
             log_sum_exp,
             mx.array(layout.starts, mx.int32),

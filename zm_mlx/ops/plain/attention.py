@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Group, Layout
-from ...state.rows import Dense, after
-from ...state.state import Call, Kept, Scores, State
+from ...state.mixed import Rows
+from ...state.rows import after
+from ...state.state import Call, KeptGroup, Scores, State
 
 LOGIT_BYTES = 64 * 2**20  # queries go through in blocks whose logits stay below this
 
@@ -91,9 +92,9 @@ class Part(NamedTuple):
     """One group's share of a call: queries [B, h, G, L, D], kept rows, spread [B, h, R], recent ones, sinks [h, G]."""
 
     queries: mx.array
-    kept: Kept
+    kept: KeptGroup
     spread: mx.array
-    recent: Dense
+    recent: Rows
     sinks: mx.array | None
     cap: float | None
 
@@ -104,7 +105,7 @@ class Part(NamedTuple):
         mine = slice(group.first_head, group.stop_head)
         return cls(
             call.queries.reshape(batch, heads, query_heads // heads, length, dim)[:, mine],
-            state.kept.of(group),
+            state.kept.of(group, state.departed),
             state.residuals.of(group).spread,
             state.recent.map(lambda x: x[:, mine]),
             None if call.sinks is None else call.sinks.reshape(heads, -1)[mine],
@@ -114,7 +115,7 @@ class Part(NamedTuple):
     def filled(self, departed: int, filled: int) -> "Part":
         """The filled rows alone."""
         kept = self.kept if departed >= self.kept.weight.shape[2] else self.kept.first(departed)
-        return self._replace(kept=kept, recent=self.recent.map(lambda x: x[:, :, :filled]))
+        return self._replace(kept=kept, recent=self.recent.cut(0, filled))
 
 
 def _attend(
@@ -151,7 +152,7 @@ def probabilities(queries: mx.array, later: int, part: Part, scale: float, polic
     filled, old = part.recent.shape[2], part.kept.weight.shape[2]
     q = queries.astype(mx.float32) * scale
 
-    def dots(rows: Dense) -> mx.array:
+    def dots(rows: Rows) -> mx.array:
         found = rows.dots(q.flatten(2, 3)).reshape(batch, heads, groups, length, rows.shape[2])
         return capped(found, part.cap)
 

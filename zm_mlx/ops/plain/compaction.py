@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Group, Layout
-from ...state.rows import Dense
+from ...state.mixed import zipped
 from ...state.state import Kept, Merged, Residuals, Scores, State, joined, rectangle
 
 
@@ -18,18 +18,14 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
     Args:
         importance: by which rows are selected; the scores themselves stay with their rows.
     """
-    leaving = state.leaving(layout)
+    state, leaving = state.closing(), state.leaving(layout)
     if leaving:
         kept, residuals, numbers = zip(
             *(_group(group, state, leaving, layout, policy, importance) for group in layout.groups), strict=True
         )
         scores, *reading = (joined(x) for x in zip(*numbers, strict=True))
         state = state._replace(
-            kept=Kept(
-                Dense.joined([k.rows.map(lambda x: x.flatten(1, 2)) for k in kept], axis=1),
-                joined([k.weight for k in kept]),
-                joined([k.position for k in kept]),
-            ),
+            kept=Kept.joined(kept),
             residuals=Residuals(*(mx.concatenate(list(x), axis=1) for x in zip(*residuals, strict=True))),
             scores=state.scores._replace(kept=scores),
             reading=state.reading._replace(kept=reading[0]) if reading else state.reading,
@@ -40,10 +36,13 @@ def compact(state: State, layout: Layout, policy: Policy, importance: Scores) ->
 def _group(
     group: Group, state: State, leaving: int, layout: Layout, policy: Policy, importance: Scores
 ) -> tuple[Kept, Residuals, list[mx.array]]:
-    """The kept rows of one group, the sums behind its residual rows, and its scores (and reading) [B, h, rows]."""
+    """The kept rows of one group, the sums behind its residual rows, and its scores (and reading) [B, h, rows].
+
+    Codes move as they are; only those that are merged become numbers, which go into the sums.
+    """
     heads, departed = slice(group.first_head, group.stop_head), state.departed
-    old, residuals = state.kept.of(group), state.residuals.of(group)
-    new = state.recent.map(lambda x: x[:, heads, :leaving])
+    old, residuals = state.kept.rectangles(group), state.residuals.of(group)
+    new = state.passed.map(lambda x: x[:, heads, :leaving])
     carried = (state.scores, state.reading) if state.reads else (state.scores,)
     numbers = [(rectangle(x.kept, group), x.recent[:, heads, :leaving]) for x in carried]
     old_scores, new_scores = numbers[0]
@@ -55,9 +54,8 @@ def _group(
         def filled(x: mx.array, arriving: mx.array) -> mx.array:
             return mx.concatenate([x[:, :, :departed], arriving, x[:, :, departed + leaving :]], axis=2)
 
-        kept = Kept(
-            old.rows.zip(new, filled), filled(old.weight, mx.ones(new_scores.shape)), filled(old.position, positions)
-        )
+        rows = old.with_moving(zipped(old.rows.moving, new, filled))
+        kept = Kept(rows, filled(old.weight, mx.ones(new_scores.shape)), filled(old.position, positions))
         return kept, residuals, [filled(*x) for x in numbers]
 
     fresh = departed <= group.rows
@@ -65,7 +63,7 @@ def _group(
     def pooled(x: mx.array, arriving: mx.array) -> mx.array:
         return mx.concatenate([x[:, :, raw], arriving], axis=2) if departed and group.rows else arriving
 
-    pool = old.rows.zip(new, pooled)
+    pool = zipped(old.rows.moving, new, pooled)
     pooled_numbers, positions = [pooled(*x) for x in numbers], pooled(old.position, positions)
     worth = scores = pooled_numbers[0]
     if importance is not state.scores:
@@ -74,15 +72,17 @@ def _group(
     # The first rows of the context are placeholders for the residual rows.
     places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
     index = _index(places, scores.shape)
-    kept = Kept(pool.map(lambda x: _take(x, index)), mx.ones(places.shape), _take(positions, index))
+    moved = old.with_moving(pool.map(lambda x: _take(x, index)))
+    kept = Kept(moved, mx.ones(places.shape), _take(positions, index))
     taken = [_take(x, index) for x in pooled_numbers]
     if layout.residual:
-        before = old.first(layout.residual)
-        merged = Merged(before.rows, before.weight, old_scores[:, :, : layout.residual], residuals)
+        first = slice(0, layout.residual)
+        rows = old.rows.residual_rows(layout.residual)
+        merged = Merged(rows, old.weight[:, :, first], old_scores[:, :, first], residuals)
         index = _index(victims, scores.shape)
         merged = policy.merge(merged, pool.map(lambda x: _take(x, index)), _take(scores, index), fresh)
         residuals = merged.residuals
-        kept.rows.write(0, merged.rows)
+        kept = kept._replace(rows=kept.rows.with_residual(merged.rows))
         none = mx.full(merged.weight.shape, -1, mx.int32)
         for x, y in ((kept.weight, merged.weight), (kept.position, none), (taken[0], merged.score)):
             x[:, :, : layout.residual] = y

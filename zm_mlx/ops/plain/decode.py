@@ -60,7 +60,7 @@ class _Bound(NamedTuple):
         merged = read > group.rows
         weight = kept.weight[:, :, None, : layout.residual] if merged else kept.weight[:, :, None]
         spread = state.residuals.of(group).spread[:, :, None]
-        keys, values = kept.rows
+        keys, values = kept.rows.dense()  # which are numbers in float32
         return cls(keys.swapaxes(2, 3), values, policy.log_mass(weight), spread if merged else spread[..., :0])
 
 

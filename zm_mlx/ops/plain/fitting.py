@@ -1,9 +1,12 @@
 """One residual row a head that stands for all victims of a prompt, fitted to what queries give them (method.md 4)."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from ...state.layout import Group, Layout
-from ...state.rows import Dense, after, products
+from ...state.mixed import Rows
+from ...state.rows import Dense, after
 from ...state.state import Call, State
 from .attention import block_length, capped
 
@@ -32,27 +35,23 @@ def fit(before: State, left: State, call: Call, layout: Layout) -> State:
         left: what was left of it.
         call: the newest queries [B, H * G, W, D].
     """
-    keys, values, weight = (mx.array(x) for x in (*left.kept.rows, left.kept.weight))
     each = call.queries.shape[1] // layout.heads
     for group in layout.groups:
         if left.departed <= group.rows:  # all tokens are there, also in the first row
             continue
         mine = call._replace(queries=call.queries[:, each * group.first_head : each * group.stop_head])
         row, mass = _row(group, mine, before, left)
-        first = mx.arange(group.first_row, group.stop_row, group.rows)
-        keys[:, first], values[:, first] = row.keys.astype(keys.dtype), row.values.astype(values.dtype)
-        weight[:, first] = mass
-    return left._replace(kept=left.kept._replace(rows=Dense(keys, values), weight=weight))
+        left = left._replace(kept=left.kept.with_first(group, row, mass))
+    return left
 
 
 def _row(group: Group, call: Call, before: State, left: State) -> tuple[Dense, mx.array]:
     """A group's fitted rows [B, h] and their weights [B, h] float32, 0 where there is no victim."""
     heads = slice(group.first_head, group.stop_head)
-    old = before.kept.of(group) if before.departed else before.kept.of(group).first(0)
-    rows = old.rows.zip(
-        before.recent.map(lambda x: x[:, heads, : before.filled]), lambda x, y: mx.concatenate([x, y], axis=2)
-    )
-    batch, _, count = rows.shape
+    old = before.kept.of(group, before.departed)
+    old = old if before.departed else old.first(0)
+    parts = [old.rows, before.recent.map(lambda x: x[:, heads]).cut(0, before.filled)]
+    batch, count = old.rows.shape[0], old.rows.shape[2] + before.filled
     recent = mx.broadcast_to(
         mx.arange(before.departed, before.seen, dtype=mx.int32), (batch, group.heads, before.filled)
     )
@@ -70,7 +69,7 @@ def _row(group: Group, call: Call, before: State, left: State) -> tuple[Dense, m
         # One block after the other, or the logits of all exist at once.
         block, end = after(queries[:, :, begin : begin + step], given), begin + step
         far = position[:, :, None] <= at[begin:end, None] - DISTANCE
-        logits = mx.where(far, capped(products(block, rows.keys), call.cap) + logs[:, :, None], -mx.inf)
+        logits = mx.where(far, capped(_dots(block, parts), call.cap) + logs[:, :, None], -mx.inf)
         most = mx.maximum(logits.max(axis=-1, keepdims=True), -1e30)
         mass = mx.exp(logits - most)
         sums = mass.sum(axis=-1, keepdims=True)
@@ -78,9 +77,17 @@ def _row(group: Group, call: Call, before: State, left: State) -> tuple[Dense, m
         total.append((most + mx.log(sums))[..., 0])
     y = mx.concatenate(total, axis=2)
     key, bias, known = _least_squares(queries, y)
-    value = given[:, :, None] @ rows.values.astype(mx.float32) / mx.maximum(given.sum(axis=-1), 1e-30)[..., None, None]
+    edge = old.rows.shape[2]
+    total_value = parts[1].weigh(given[:, :, None, edge:], parts[0].weigh(given[:, :, None, :edge]))
+    value = total_value / mx.maximum(given.sum(axis=-1), 1e-30)[..., None, None]
     mass = mx.where(known, mx.exp(mx.minimum(bias - DISCOUNT, LARGEST)), 0)
     return Dense(key, value[:, :, 0]), mass
+
+
+def _dots(queries: mx.array, parts: Sequence[Rows]) -> mx.array:
+    """Queries times the keys of rows one behind the other."""
+    found = [x.dots(queries) for x in parts if x.shape[2]]
+    return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
 
 def _victims(group: Group, position: mx.array, left: State) -> mx.array:

@@ -12,7 +12,7 @@ from ...state.layout import Group, Layout
 from ...state.rows import after, products
 from ...state.state import Call, Scores, State
 from .attention import block_length, capped
-from .rereading import oldest_rows
+from .rereading import newest_rows, oldest_rows
 
 
 def replay(call: Call, state: State, layout: Layout, turn: mx.array) -> State:
@@ -37,11 +37,11 @@ def replay(call: Call, state: State, layout: Layout, turn: mx.array) -> State:
 def _group(group: Group, call: Call, state: State, layout: Layout) -> mx.array:
     """What a group's tokens of the piece are worth, [B, h, L]."""
     batch, query_heads, length, dim = call.queries.shape
-    heads, each = slice(group.first_head, group.stop_head), query_heads // layout.heads
+    each = query_heads // layout.heads
     queries = call.queries[:, each * group.first_head : each * group.stop_head]
     queries = queries.reshape(batch, group.heads, each * length, dim)
-    piece = state.recent.keys[:, heads, state.filled - length : state.filled]
-    keys = mx.concatenate([oldest_rows(group, state, layout, length).keys, piece], axis=2)
+    piece = newest_rows(group, state, length)
+    keys = mx.concatenate([oldest_rows(group, state, layout, length).keys, piece.keys], axis=2)
     most = mx.full((batch, group.heads, length), -mx.inf)  # of logarithms: fewer exponentials, which cost most
     step = block_length(queries, keys.shape[2])
     for begin in range(0, each * length, step):

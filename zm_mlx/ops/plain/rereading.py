@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Group, Layout
+from ...state.mixed import Rows
 from ...state.rows import Dense, after, products
 from ...state.state import Call, Scores, State
 from .attention import Part, block_length, probabilities, weigh
@@ -59,7 +60,7 @@ def _group(
     heads, length = slice(group.first_head, group.stop_head), call.length
     of_group = Part.of(group, call, state, layout.heads)
     oldest = oldest_rows(group, state, layout, length)
-    piece = state.recent.map(lambda x: x[:, heads, state.filled - length : state.filled])
+    piece = newest_rows(group, state, length)
     rows = Dense.joined([oldest, piece, new.map(lambda x: x[:, heads])], axis=2)
     part = of_group._replace(kept=of_group.kept.first(0), recent=rows)
     if mx.default_device() != mx.gpu or call.cap is not None:  # the others have no cap
@@ -89,8 +90,19 @@ def oldest_rows(group: Group, state: State, layout: Layout, piece: int) -> Dense
     begin = 0 if state.departed <= group.rows else layout.residual
     end = min(begin + OLDEST, state.departed, group.rows)
     count = min(OLDEST - (end - begin), state.filled - piece)  # of those that have not left the recent store
-    recent = state.recent.map(lambda x: x[:, group.first_head : group.stop_head, :count])
+    recent = _numbers(state.recent.map(lambda x: x[:, group.first_head : group.stop_head]).cut(0, count))
     if begin == end:
         return recent
-    kept = state.kept.of(group).rows.map(lambda x: x[:, :, begin:end])
+    kept = _numbers(state.kept.of(group, state.departed).rows.cut(begin, end))
     return Dense.joined([kept, recent] if count else [kept], axis=2)
+
+
+def newest_rows(group: Group, state: State, count: int) -> Dense:
+    """A group's newest rows, no more than came since the last compaction."""
+    heads, closed = slice(group.first_head, group.stop_head), state.closed
+    return state.newest.map(lambda x: x[:, heads, state.filled - closed - count : state.filled - closed])
+
+
+def _numbers(rows: Rows) -> Dense:
+    """A few rows as numbers of their dtype."""
+    return rows if isinstance(rows, Dense) else rows.dense().map(lambda x: x.astype(rows.dtype))

@@ -8,12 +8,12 @@ from .attention import block_length, capped
 
 
 def attend(call: Call, state: State) -> mx.array:
-    """Causal attention over the filled recent rows, the last L the queries' own.
+    """Causal attention over the filled recent rows, the last L the queries' own; none is a code.
 
     Returns:
         [B, H * G, L, Dv] in the dtype of the queries.
     """
-    return attend_rows(call, state.recent.map(lambda x: x[:, :, : state.filled]))
+    return attend_rows(call, state.newest.cut(0, state.filled))
 
 
 def attend_rows(call: Call, rows: Dense) -> mx.array:
