@@ -39,6 +39,8 @@ def probe(model: nn.Module) -> list[LayerShape]:
         return probes[-1]
 
     try:
+        if any("indexer" in module for module in model.modules()):
+            raise UnsupportedModelError("its layers choose among all keys by an index of their own (sparse attention)")
         caches = replace_caches(own_caches(model), make)
         if not probes:
             raise UnsupportedModelError("it has no full-attention KV cache to compress")
