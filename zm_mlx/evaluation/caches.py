@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
@@ -17,6 +17,7 @@ DEFAULT = name_of(ZeroMerge())
 OF_MLX_LM = ("full", "rotating", "quantized")
 STREAMING = "-streaming"
 UNIFORM = "-uniform"
+CODED = {"-8bit": 8, "-4bit": 4}
 BITS = (8, 4, 2)  # widths that mlx-lm's quantised cache allocates right
 GROUPS = (32, 64, 128)  # numbers that share a scale, the most exact first
 
@@ -29,7 +30,8 @@ class Contender:
         name: ``full``, ``rotating`` or ``quantized`` of mlx-lm, or a policy of ``policies.BY_NAME``. The prompt is
             read with full caches and compressed once; with ``-streaming`` behind the name it is read through
             the caches themselves; with ``-uniform`` it does not use the model's table of rows per head, which
-            ``zeromerge`` does where there is one.
+            ``zeromerge`` does where there is one; with ``-8bit`` or ``-4bit`` its rows become codes. In this order:
+            ``zeromerge-uniform-8bit-streaming``.
         budget: share of the bytes that full caches take for the prompt, in (0, 1]; ``full`` takes all.
         policy: other settings than the named policy's own.
 
@@ -48,6 +50,8 @@ class Contender:
             raise ValueError(f"budget must be a share of the full cache in (0, 1], not {self.budget!r}")
         if self.policy is not None and type(self.policy) is not BY_NAME.get(self.method):
             raise ValueError(f"{self.name} takes no settings of {type(self.policy).__name__}")
+        if self.bits is not None and self.settings is None:
+            raise ValueError(f"{self.name} does not work: the bits of mlx-lm's caches follow from their budget")
 
     @property
     def streaming(self) -> bool:
@@ -56,8 +60,17 @@ class Contender:
 
     @property
     def method(self) -> str:
-        """The name without the way in which the prompt is read."""
-        return self.name.removesuffix(STREAMING).removesuffix(UNIFORM)
+        """The name without the way in which the prompt is read and rows are held."""
+        name = self.name.removesuffix(STREAMING)
+        for suffix in CODED:
+            name = name.removesuffix(suffix)
+        return name.removesuffix(UNIFORM)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the codes that rows become; ``None`` where they do not."""
+        name = self.name.removesuffix(STREAMING)
+        return next((bits for suffix, bits in CODED.items() if name.endswith(suffix)), None)
 
     @property
     def shares(self) -> bool:
@@ -67,7 +80,8 @@ class Contender:
     @cached_property
     def settings(self) -> Policy | None:
         """The policy of caches of this package; ``None`` for mlx-lm's."""
-        return self.policy or (BY_NAME[self.method]() if self.method in BY_NAME else None)
+        found = self.policy or (BY_NAME[self.method]() if self.method in BY_NAME else None)
+        return found if found is None or self.bits is None else replace(found, kv_bits=self.bits)
 
     def room(self, shapes: Sequence[LayerShape], tokens: int) -> int:
         """Bytes that the caches of all layers may take for a prompt of ``tokens`` tokens."""

@@ -114,7 +114,7 @@ class Prompted:
         if contender.method == "quantized":
             numbers = Quantization.within(self.shapes, contender.budget)
             return lambda i: numbers.of(self.layers[i].rows)
-        sources = self._sources(contender.settings or Policy())
+        sources = self._sources(self._policy(contender))
         layouts = fitted(sources, self._layouts(contender))
         if total_bytes(layouts, self.shapes) > self._room(contender):
             raise ValueError("layers differ in what a row takes: rows cannot be moved between them at equal bytes")
@@ -130,7 +130,7 @@ class Prompted:
         if contender.method == "quantized":
             numbers = Quantization.within(self.shapes, contender.budget)
             return lambda _: QuantizedKVCache(numbers.group, numbers.bits)
-        policy = contender.settings or Policy()
+        policy = self._policy(contender)
         if policy.needs:
             raise ValueError(f"{contender.name} does not work: {contender.method} needs {policy.needs}")
         layouts = self._layouts(contender)
@@ -140,10 +140,19 @@ class Prompted:
     def _room(self, contender: Contender) -> int:
         return contender.room(self.shapes, len(self))
 
+    def _policy(self, contender: Contender) -> Policy:
+        """The contender's, with codes that suit the model."""
+        return (contender.settings or Policy()).coded_for([d for s in self.shapes for d in s.dims])
+
     def _layouts(self, contender: Contender) -> tuple[Layout, ...]:
-        """As many rows as the budget's bytes hold, before anything is known of the prompt."""
-        policy = contender.settings or Policy()
-        rows = rows_of(policy, self.shapes, self._room(contender))
+        """As many rows as the budget's bytes hold, before anything is known of the prompt.
+
+        What codes save is counted beside numbers of 16 bits, in which models are stored, also where these are float32.
+        """
+        policy, shapes = self._policy(contender), self.shapes
+        if contender.bits is not None:
+            shapes = [replace(s, itemsize=min(2, s.itemsize)) for s in shapes]
+        rows = rows_of(policy, shapes, contender.room(shapes, len(self)))
         uniform = policy.layouts(rows, [s.heads for s in self.shapes])
         if self.table is None or not contender.shares:
             return uniform

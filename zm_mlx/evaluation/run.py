@@ -91,7 +91,8 @@ def _settings(subject: Subject, contender: Contender) -> str:
         return ""
     table = subject.table if contender.shares else None
     mark = "" if table is None else f", table {hashlib.sha256(table.text().encode()).hexdigest()[:16]}"
-    return f"{contender.settings!r}{mark}"
+    bits = "" if contender.bits is None else f" {contender.bits} bits"
+    return f"{contender.settings!r}{mark}{bits}"
 
 
 def _point(subject: Subject, task: Task, item: Item, contender: Contender) -> Point:

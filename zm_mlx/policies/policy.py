@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -39,7 +39,7 @@ class Policy:
         score: what importance is: "attention" alone, or united with what tokens are worth when the prompt is read
             again: by the queries it has, moved behind it ("replay"), or by the model's second reading ("reread").
         kv_bits: of a number in rows that a compaction has passed, 8 or 4; ``None`` leaves them as they came.
-        kv_group_size: numbers that share a scale and a bias, 64 or 32; ``None`` is 64.
+        kv_group_size: numbers that share a scale and a bias, 64 or 32; ``None`` is 64, see ``coded_for``.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -54,8 +54,8 @@ class Policy:
     pool: int = 13
     newest: int = 1
     score: Score = "attention"
-    kv_bits: int | None = None
-    kv_group_size: int | None = None
+    kv_bits: int | None = field(default=None, repr=False)  # which names results of evaluations: as without codes
+    kv_group_size: int | None = field(default=None, repr=False)
 
     needs: ClassVar[str | None] = None  # what a cache alone does not know and importance is made of
     numbers: ClassVar[bool] = False  # whether importance is made of, or changes, keys or values themselves
@@ -84,6 +84,8 @@ class Policy:
             raise ValueError(f"pool must be an odd number of rows, not {self.pool}")
         if self.newest < 1:
             raise ValueError(f"newest must be 1 row or more, not {self.newest!r}")
+        if self.kv_bits is None and self.kv_group_size is not None:
+            raise ValueError("kv_group_size needs kv_bits, without which no rows become codes")
         if self.coding is not None and self.numbers:
             raise ValueError(
                 f"kv_bits does not go with the policy {type(self).__name__}, which computes with the numbers of all "
@@ -131,6 +133,16 @@ class Policy:
     def coding(self) -> Coding | None:
         """What rows become when a compaction passes them."""
         return None if self.kv_bits is None else Coding(self.kv_bits, self.kv_group_size or GROUPS[0])
+
+    def coded_for(self, dims: Sequence[int]) -> "Policy":
+        """The policy with the widest groups that divide vectors of these lengths, where rows become codes.
+
+        Raises:
+            ValueError: no groups do, or not those that it asks for.
+        """
+        if self.kv_bits is None:
+            return self
+        return replace(self, kv_group_size=Coding.fitting(self.kv_bits, self.kv_group_size, dims).group)
 
     @property
     def smallest(self) -> int:
