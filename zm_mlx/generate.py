@@ -45,6 +45,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_budget(own, "what the request needs and memory allows")
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_bits(parser, own)
     flags.add_memory(own)
     flags.add_draft(parser, own)
     own.add_argument(
@@ -125,7 +126,7 @@ def _caches(
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
     taking: Taking = "streaming" if one_by_one else args.prefill
-    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, room=args.cache != "zeromerge")
+    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, kv_bits=args.kv_bits, kv_group_size=args.kv_group_size, room=args.cache != "zeromerge")
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
@@ -235,10 +236,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--prefill exact needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.head_rows is not None:
         raise UserError("--head-rows does not go with --prompt-cache-file: the saved prompt keeps its rows")
-    for name in ("policy", "score"):
+    for name in ("policy", "score", "kv_bits"):
         value = getattr(args, name)
         if value is not None and args.cache != "zeromerge":
-            raise UserError(f"--{name} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it")
+            raise UserError(f"{flags.flag(name)} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it")
     if args.score == "reread" and args.prefill_step_size == 1:
         raise UserError("--score reread needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:
@@ -289,6 +290,8 @@ def _document(model: str, runs: list[Run], cache_set: CacheSet) -> dict[str, Any
             "reason": cache_set.plan.budget_reason,
             "head_rows": cache_set.plan.heads_reason,
         }
+        if cache_set.plan.on_ranks:
+            document["budget"]["bytes_on_ranks"] = cache_set.plan.on_ranks
         document["policy"] = name_of(cache_set.plan.policy)
         document["score"] = cache_set.plan.policy.score
         document["prefill"] = {"mode": cache_set.plan.prefill, "reason": cache_set.plan.prefill_reason}

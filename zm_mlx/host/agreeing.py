@@ -49,3 +49,12 @@ def shared_out(part: Part | None, share: Callable[[], Sharing], uniform: Sequenc
     contexts, reason, complaints = ranks.together(here)[0]
     layouts = tuple(replace(a, context=tuple(c)) for a, c in zip(uniform, contexts, strict=True))
     return Sharing(layouts, reason, tuple(complaints))
+
+
+def tightest(part: Part | None, need: int, free: int | None) -> tuple[int, int | None]:
+    """Of the bytes that ranks need and have, those of the rank with the least to spare."""
+    if part is None:
+        return need, free
+    told = ranks.together(lambda: (need, free))
+    found = min(told, key=lambda one: float("inf") if one[1] is None else one[1] - one[0])
+    return found[0], found[1]

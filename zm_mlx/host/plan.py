@@ -21,7 +21,7 @@ from .heads import Sharing, Wanted, share_out
 from .hook import replace_caches
 from .memory import free_bytes
 from .own_caches import own_caches
-from .part import least, most, part_of
+from .part import least, part_of
 from .probe import probe
 from .turning import turns
 
@@ -107,6 +107,8 @@ def plan_cache(
     max_tokens: int = 0,
     head_rows: HeadRows | Wanted = "auto",
     policy: Policy | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
     room: bool = True,
 ) -> Plan:
     """Probe a model and resolve a budget for it; arguments and errors are those of ``make_prompt_cache``.
@@ -127,9 +129,12 @@ def plan_cache(
     if prefill == "exact" and prompt_length is None:
         raise ValueError("prefill='exact' ends with the prompt: give prompt_length, or take prefill='streaming'")
     policy = policy or ZeroMerge()
+    if (kv_bits, kv_group_size) != (None, None):
+        policy = replace(policy, kv_bits=kv_bits, kv_group_size=kv_group_size)
     shapes = probe(model)
+    policy = policy.coded_for([d for s in shapes for d in s.dims])
     other = _other_bytes(model, shapes[0])
-    free = least(model, free_bytes())
+    free = free_bytes()
     budget, wanted = _asked(kv_budget, head_rows)
     request = Request(prompt_length, max_tokens, context_of(model), free, other)
     part = part_of(model)
@@ -157,7 +162,7 @@ def plan_cache(
     if room:
         _require_room(draft, prefill)
     fits = prompt_length is not None and prompt_length <= (least(model, draft.capacity) or 0)
-    need = most(model, replace(draft, prefill="exact").least)
+    need, free = agreeing.tightest(part, replace(draft, prefill="exact").least, free)
     taken, why = _choose_prefill(draft, prefill, fits, need, free)
     return replace(draft, prefill=taken, prefill_reason=why)
 
@@ -182,13 +187,15 @@ def make_prompt_cache(
     max_tokens: int = 0,
     head_rows: HeadRows | Wanted = "auto",
     policy: Policy | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
     kernels: Mode | None = None,
 ) -> list[Any]:
     """Caches of fixed size for any mlx-lm model, one per layer; attaches the attention hook for them.
 
     Pass the result as ``prompt_cache=`` to ``mlx_lm.generate`` or ``stream_generate``. Sliding-window
-    and recurrent layers keep mlx-lm's own caches. mlx-lm's ``kv_bits`` and ``max_kv_size`` do not go with
-    these caches: the first raises at the first call, mlx-lm ignores the second.
+    and recurrent layers keep mlx-lm's own caches. ``kv_bits`` and ``max_kv_size`` of mlx-lm's own functions do not go
+    with these caches: the first raises at the first call, mlx-lm ignores the second.
 
     A batch takes one set of caches a prompt, whose budgets may differ, and gives each prompt the tokens that it gets
     alone::
@@ -213,6 +220,9 @@ def make_prompt_cache(
             compression stays uniform), ``None`` uniformly, or by the table of a file. With ``kv_budget=None``
             the rows of each KV head of each layer with full attention.
         policy: settings of the method; the defaults need no tuning.
+        kv_bits: 8 or 4: rows are rounded to codes of so many bits when a compaction passes them, so that bytes hold
+            about twice or three times as many. Those staged since, and residual ones, stay as they are.
+        kv_group_size: numbers that share a scale and a bias, 64 or 32; without it 64, or 32 where head dims ask for it.
         kernels: "metal" or "ops"; without it Metal where there is a GPU (see ``zm_mlx.ops.choose``).
 
     Raises:
@@ -228,6 +238,8 @@ def make_prompt_cache(
         max_tokens=max_tokens,
         head_rows=head_rows,
         policy=policy,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
     )
     for complaint in plan.complaints:
         warnings.warn(complaint, stacklevel=2)

@@ -83,10 +83,11 @@ def drawn_by_first(sampler: Sampler) -> Sampler:
     Machines of two kinds round differently, and random numbers may have gone apart: ranks that go on with different
     tokens, of which one ends the text, would wait for each other.
     """
+    counts = 1 if rank() == 0 else 0
 
     def draw(logprobs: mx.array) -> mx.array:
-        tokens = sampler(logprobs)
-        return mx.distributed.all_sum(tokens if rank() == 0 else mx.zeros_like(tokens))
+        # A product on all ranks: what did not depend on the model's own messages could be sent before these.
+        return mx.distributed.all_sum(sampler(logprobs) * counts)
 
     return draw
 

@@ -142,8 +142,10 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
             self._admit(job)
         if self._running:
             self._step()
-        elif self._rank == 0:  # others wait for its orders
+        elif self._rank == 0:
             self.waiting.wait(IDLE)
+        else:  # MLX waits for a message as busily as it can
+            time.sleep(IDLE)
         return True
 
     def _orders(self) -> Orders:
