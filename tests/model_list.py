@@ -36,7 +36,10 @@ class Outcome(NamedTuple):
 
 PLAIN = "All layers"
 PARTLY = "Full-attention layers; those with a sliding window or a recurrent state keep mlx-lm's caches"
-LATENT = "Latent attention (MLA): a row is a token's latent vector and rotated key, for all heads"
+LATENT = (
+    "Latent attention (MLA): a row's key is a token's rotated key and latent vector, its value the latent vector once "
+    "more (mlx-lm's full cache holds it once)"
+)
 SHARED = "Layers that share keys and values: later ones see what the earlier one's queries saw"
 CAPPED = "Scores with a soft cap, computed in plain MLX operations also on a Mac"
 KINDS = (PLAIN, PARTLY, LATENT, SHARED, CAPPED)

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import OTHERS, VOCAB, build
-from mlx_lm.models.cache import CacheList, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from states import random_queries, random_state
 from test_attention import head_of
 from tiny import f64, feed, held, prompt
@@ -143,6 +143,15 @@ def test_a_module_keeps_its_own_attention_with_other_caches():
     expected = feed(model, make_prompt_cache(model), tokens)
     zm_mlx.make_prompt_cache(model, 64)
     assert mx.array_equal(feed(model, make_prompt_cache(model), tokens), expected)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "deepseek_v3", "gemma4_text"])
+def test_the_full_cache_that_a_printout_compares_with_is_mlx_lms(name):
+    """Latent attention keeps fewer numbers of a token in mlx-lm's cache than in a row."""
+    model, own = build(name), make_prompt_cache(build(name))
+    feed(model, own, prompt(7, vocab=VOCAB))
+    full = sum(x[:, :, :7].nbytes for c in own if type(c) is KVCache for x in (c.keys, c.values))
+    assert zm_mlx.plan_cache(model, 64).own_bytes(7) == full
 
 
 # ---- the soft cap

@@ -92,7 +92,7 @@ class CacheSet:
             return self.nbytes
         if self.plan is None or self.seen is None:
             return None
-        return self.plan.full_bytes(self.seen) + self.nbytes - _nbytes(self.growing)
+        return self.plan.own_bytes(self.seen) + self.nbytes - _nbytes(self.growing)
 
     @property
     def state(self) -> str | None:

@@ -77,8 +77,12 @@ class Plan:
         return self.nbytes + self.other_bytes + self.prompt_bytes
 
     def full_bytes(self, tokens: int) -> int:
-        """Bytes that uncompressed caches of the same layers would hold for ``tokens`` tokens."""
+        """Bytes of the keys and values of ``tokens`` tokens in these layers."""
         return tokens * sum(s.token_bytes for s in self.shapes)
+
+    def own_bytes(self, tokens: int) -> int:
+        """Bytes that mlx-lm's caches of the same layers would hold for ``tokens`` tokens."""
+        return tokens * sum(s.own_bytes for s in self.shapes)
 
     def caches(self, model: nn.Module, kernels: Mode | None = None) -> list[Any]:
         """One cache per layer of the model, for its ``cache`` or mlx-lm's ``prompt_cache`` argument."""

@@ -14,6 +14,7 @@ from ..policies import Policy
 from ..state.layout import LayerShape
 from .cache import ZeroMergeCache
 from .hook import attach, replace_caches
+from .latent import is_latent
 from .own_caches import own_caches
 
 CALLS = (3, 1)  # tokens
@@ -51,7 +52,8 @@ def probe(model: nn.Module) -> list[LayerShape]:
             _check_uses(logits, probes)
     except Exception as error:  # a foreign model may fail in any way on a foreign cache
         raise UnsupportedModelError(f"zm_mlx cannot serve {name_of(model)}: {_reason(error)}") from error
-    return [p.token for p in probes]
+    latent = any(is_latent(module) for module in model.modules())  # mlx-lm's cache has no values beside the keys
+    return [replace(p.token, own_dims=p.token.head_dim) if latent else p.token for p in probes]
 
 
 def _reason(error: Exception) -> str:

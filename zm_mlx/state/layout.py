@@ -17,7 +17,8 @@ FLOAT32 = 4
 class LayerShape:
     """What one full-attention layer stores for a token: KV heads, head dims, bytes an element, dtype's name.
 
-    Where it is known, also how many query heads ask; nothing stored depends on them.
+    Where it is known, also how many query heads ask, and how many numbers mlx-lm's cache holds of a token and head if
+    these are fewer; nothing stored depends on either.
     """
 
     heads: int
@@ -26,6 +27,7 @@ class LayerShape:
     itemsize: int
     dtype: str = ""
     query_heads: int = field(default=0, compare=False)
+    own_dims: int = field(default=0, compare=False)
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -33,8 +35,13 @@ class LayerShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in an uncompressed cache."""
+        """Bytes of one token's keys and values."""
         return self.heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of one token in mlx-lm's cache."""
+        return self.heads * self.own_dims * self.itemsize if self.own_dims else self.token_bytes
 
     @property
     def query_bytes(self) -> int:
