@@ -102,9 +102,6 @@ def test_what_a_chat_template_refuses_is_one_line(capsys, tmp_path, options):
 @pytest.mark.parametrize(
     ("argv", "name"),
     [
-        (["--kv-bits", "0"], "--kv-bits"),
-        (["--kv-bits", "eight"], "--kv-bits"),
-        (["--kv-group-size", "64"], "--kv-group-size"),
         (["--quantized-kv-start", "5000"], "--quantized-kv-start"),
         (["--max-kv-size", "0"], "--max-kv-size"),
         (["--image", "a.png"], "--image"),
@@ -115,7 +112,23 @@ def test_a_refused_flag_is_refused_whatever_its_value(capsys, argv, name):
     assert f"{name} does not work here: " in refused(capsys, *argv)
 
 
-@pytest.mark.parametrize("flag", ["--kv-bits", "--max-kv-size", "--kv-group-size", "--quantized-kv-start"])
+@pytest.mark.parametrize("door", [generate, cache_prompt])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--kv-bits", "6"], "--kv-bits must be 8 or 4, not 6"),
+        (["--kv-bits", "eight"], "--kv-bits must be 8 or 4, not 'eight'"),
+        (["--kv-bits", "8", "--kv-group-size", "48"], "--kv-group-size must be 64 or 32, not 48"),
+        (["--kv-group-size", "64"], "--kv-group-size needs --kv-bits"),
+        (["--kv-bits", "8", "--policy", "key_norm"], "--kv-bits 8: kv_bits does not go with the policy KeyNorm"),
+    ],
+)
+def test_bits_that_do_not_work_are_refused_with_what_does(capsys, tmp_path, door, argv, words):
+    more = ["--prompt-cache-file", str(tmp_path / "a.safetensors")] if door is cache_prompt else []
+    assert words in refused(capsys, "--prompt", "x", *more, *argv, door=door)
+
+
+@pytest.mark.parametrize("flag", ["--max-kv-size", "--quantized-kv-start"])
 def test_cache_prompt_refuses_what_generate_refuses(capsys, flag, tmp_path):
     argv = ["--prompt", "x", "--prompt-cache-file", str(tmp_path / "a.safetensors"), flag, "0"]
     assert f"{flag} does not work here: " in refused(capsys, *argv, door=cache_prompt)
@@ -128,7 +141,7 @@ def test_help_names_the_real_default_model_and_remarks_what_is_refused(capsys, d
     default = importlib.import_module("mlx_lm.generate").DEFAULT_MODEL
     assert code == 0 and DEFAULT_MODEL in text.replace(" ", "") and default not in text
     described = text.partition("options:")[2]
-    for flag in ("--kv-bits KV_BITS", "--max-kv-size MAX_KV_SIZE"):
+    for flag in ("--quantized-kv-start QUANTIZED_KV_START", "--max-kv-size MAX_KV_SIZE"):
         assert described.partition(flag)[2].startswith(" Refused here: ")
 
 

@@ -51,7 +51,7 @@ def test_the_server_listens_to_this_machine_alone_unless_it_is_told_to():
         (["--max-tokens", "-1"], "from 1 up"),
         (["--decode-concurrency", "0"], "--decode-concurrency"),
         (["--draft-model", "x"], "--draft-model does not work here"),
-        (["--kv-bits", "4"], "--kv-bits does not work here"),
+        (["--kv-bits", "5"], "--kv-bits must be 8 or 4"),
         (["--chat-template-args", "[]"], "JSON object"),
         (["--prompt-cache-file", "nowhere.safetensors"], "no prompt cache file"),
         (["--nonsense"], "--help lists the flags"),

@@ -44,6 +44,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     flags.add_budget(own, f"room for the prompt and {ROOM:,} tokens after it, as memory allows")
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_bits(parser, own)
     flags.add_step(own)
     flags.add_memory(own)
     return parser
@@ -82,7 +83,16 @@ def _cache_prompt(argv: list[str] | None) -> int:
     engine = Engine(model, tokenizer, source.name)
 
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
-    wish = Wish(args.kv_budget, args.prefill, head_rows, args.score, args.policy, room=False)
+    wish = Wish(
+        args.kv_budget,
+        args.prefill,
+        head_rows,
+        args.score,
+        args.policy,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        room=False,
+    )
     cache_set = caches.fresh(engine.model, "zeromerge", wish, len(tokens), ROOM)
     cache_set = settled(engine.model, cache_set, len(tokens), step, args.force)
     if args.no_wired_limit:

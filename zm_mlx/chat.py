@@ -52,6 +52,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_bits(parser, own)
     flags.add_memory(own)
     flags.add_draft(parser, own)
     return parser
@@ -92,7 +93,16 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool, asked: d
     engine = Engine(load_model(source), vocabulary.tokenizer, source.name)
     wide = source.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     head_rows = flags.head_rows(args.head_rows, folder_of(source.name))
-    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy, room=not args.force)
+    wish = Wish(
+        args.kv_budget,
+        "streaming",
+        head_rows,
+        args.score,
+        args.policy,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        room=not args.force,
+    )
     session = Session(engine, source, replace(wish, budget=args.kv_budget or str(ROWS)), force=args.force)
     if args.prompt_cache_file is not None:
         found = caches.continued(engine.model, args.prompt_cache_file, wish, 1)

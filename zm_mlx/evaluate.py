@@ -18,7 +18,7 @@ from . import __version__, flags
 from .engine import Engine
 from .errors import UserError
 from .evaluation import figure, texts
-from .evaluation.caches import DEFAULT, OF_MLX_LM, STREAMING, Contender
+from .evaluation.caches import CODED, DEFAULT, OF_MLX_LM, STREAMING, Contender
 from .evaluation.documents import documents
 from .evaluation.records import Records
 from .evaluation.run import Outcome, Work, measure, plan
@@ -81,8 +81,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         default=list(CACHES),
         metavar="CACHE",
         help=f"{_listed(CACHES)}; others are {', '.join(sorted({*OF_MLX_LM, *POLICIES} - {*CACHES, 'full'}))}. With "
-        f"{STREAMING} behind its name a cache reads prompts itself. full is always measured, and all are compared with "
-        f"{WINDOW}",
+        f"{' or '.join(CODED)} behind its name rows become codes, with {STREAMING} a cache reads prompts itself. "
+        f"full is always measured, and all are compared with {WINDOW}",
     )
     _add_numbers(add, "budgets", BUDGETS, "SHARE", "Of the full cache's bytes")
     _add_numbers(add, "prompt_tokens", (), "N", f"Lengths of prompts (default: {PROMPT_TOKENS})")

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,18 +21,21 @@ from .policies import DEFAULT, OFFERED, named
 from .policies.policy import SCORES
 from .prompts import RESERVED, encodable
 from .sampling import RANGES, Range, Sampling
+from .state.coding import BITS, GROUPS, CodingError
 from .terminal import say
 
 DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
 
-QUANTISED = "a quantised KV cache is mlx-lm's own"
+CODED = "--kv-bits rounds rows when a compaction passes them, from the first on"
 SPECULATIVE = "speculative decoding is zm_mlx.generate's and zm_mlx.chat's"
+CODES = {
+    "kv_bits": Range("8 or 4", int, 8, 8, BITS),
+    "kv_group_size": Range("64 or 32", int, 64, 64, GROUPS),
+}
 DRAFTS = ("draft_model", "num_draft_tokens")
 REFUSED = {
     "max_kv_size": "use --kv-budget, which holds for every model",
-    "kv_bits": QUANTISED,
-    "kv_group_size": QUANTISED,
-    "quantized_kv_start": QUANTISED,
+    "quantized_kv_start": CODED,
     "draft_model": SPECULATIVE,
     "num_draft_tokens": SPECULATIVE,
     "image": "images are mlx_lm.generate's",
@@ -108,6 +111,25 @@ def add_policy(group: Any) -> None:
         "when they are asked again from behind it, for a few percent of the prefill's arithmetic (replay), or what a "
         "second reading of the prompt gives it, at twice the prefill time (reread); without it the policy's own, which "
         f"is {named(DEFAULT).score} for {DEFAULT}",
+    )
+
+
+def add_bits(parser: argparse.ArgumentParser, group: Any) -> None:
+    """``--kv-bits`` and ``--kv-group-size``, which not all of mlx-lm's commands have."""
+    for name in ("kv_bits", "kv_group_size"):
+        found = [action for action in parser._actions if action.dest == name]
+        action = found[0] if found else group.add_argument(flag(name))
+        action.default, action.type = None, _number(action, CODES[name])
+    _describe(
+        parser,
+        "kv_bits",
+        "Hold rows as codes of 8 or 4 bits once a compaction passes them: about half, or less than a third, of the "
+        "bytes of 16-bit numbers, or as many more rows in a budget of bytes (default: as they are)",
+    )
+    _describe(
+        parser,
+        "kv_group_size",
+        "With --kv-bits: numbers that share a scale and a bias, 64 or 32 (default: 64, or 32 where head dims need it)",
     )
 
 
@@ -190,6 +212,13 @@ def check(args: argparse.Namespace, served: Collection[str] = ()) -> None:
         budget(args.kv_budget)
     if "head_rows" in given:
         head_rows(args.head_rows)
+    if "kv_group_size" in given and "kv_bits" not in given:
+        raise UserError("--kv-group-size needs --kv-bits, without which no rows become codes")
+    if "kv_bits" in given:
+        try:
+            replace(named(given.get("policy", DEFAULT)), kv_bits=args.kv_bits, kv_group_size=args.kv_group_size)
+        except CodingError as error:
+            raise UserError(f"--kv-bits {args.kv_bits}: {error}") from error
     if "score" in given:
         try:
             named(given.get("policy", DEFAULT), args.score)

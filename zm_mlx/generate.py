@@ -126,7 +126,16 @@ def _caches(
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
     head_rows = flags.head_rows(args.head_rows, folder_of(engine.name))
     taking: Taking = "streaming" if one_by_one else args.prefill
-    wish = Wish(args.kv_budget, taking, head_rows, args.score, args.policy, kv_bits=args.kv_bits, kv_group_size=args.kv_group_size, room=args.cache != "zeromerge")
+    wish = Wish(
+        args.kv_budget,
+        taking,
+        head_rows,
+        args.score,
+        args.policy,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        room=args.cache != "zeromerge",
+    )
     if args.prompt_cache_file is not None:
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
@@ -239,7 +248,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("policy", "score", "kv_bits"):
         value = getattr(args, name)
         if value is not None and args.cache != "zeromerge":
-            raise UserError(f"{flags.flag(name)} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it")
+            raise UserError(
+                f"{flags.flag(name)} {value} is of --cache zeromerge, so --cache {args.cache} does not go with it"
+            )
     if args.score == "reread" and args.prefill_step_size == 1:
         raise UserError("--score reread needs a --prefill-step-size of 2 or more: calls of one token are decoding")
     if saved and args.system_prompt is not None:

@@ -140,6 +140,9 @@ def plan_lines(plan: Plan, unmoved: int = 0) -> list[str]:
     if plan.prefill == "streaming" and plan.piece_bytes:
         lines.append(f"Prefill: a piece of up to {PIECE} tokens beside the budget meanwhile, {size(plan.piece_bytes)}")
     lines.append(f"Policy: {name_of(plan.policy)}")
+    if plan.policy.coding is not None:
+        bits, group = plan.policy.coding.bits, plan.policy.coding.group
+        lines.append(f"Rows: codes of {bits} bits in groups of {group} once a compaction has passed them")
     if type(plan.policy).importance is Policy.importance:
         lines.append(f"Score: {_score(plan, unmoved)}")
     return lines

@@ -85,6 +85,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     flags.add_head_rows(own)
     flags.add_policy(own)
+    flags.add_bits(parser, own)
     flags.add_memory(own)
     return parser
 

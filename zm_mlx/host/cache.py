@@ -345,4 +345,7 @@ class ZeroMergeCache:
         Raises:
             ValueError: always.
         """
-        raise ValueError("--kv-bits does not work with a ZeroMerge cache: leave it out, or use the full cache")
+        raise ValueError(
+            "--kv-bits (kv_bits) of mlx-lm does not work with a ZeroMerge cache: leave it out, and make the cache with "
+            "zm_mlx.make_prompt_cache(model, kv_bits=8)"
+        )

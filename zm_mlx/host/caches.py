@@ -1,7 +1,7 @@
 """The KV caches of one generation, by name: this package's, mlx-lm's own ones, or saved ones."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from ..calibration.table import TableError
 from ..errors import UnsupportedModelError, UserError
 from ..policies import DEFAULT, Policy, name_of, named
 from ..policies.policy import Score
+from ..state.coding import CodingError
 from .cache import ZeroMergeCache
 from .heads import Wanted
 from .hook import replace_caches
@@ -39,6 +40,8 @@ class Wish:
     head_rows: Wanted = "auto"
     score: Score | None = None
     policy: str | None = None
+    kv_bits: int | None = None
+    kv_group_size: int | None = None
     room: bool = True
 
     @property
@@ -46,9 +49,10 @@ class Wish:
         """The policy.
 
         Raises:
-            ValueError: it takes no score.
+            ValueError: it takes no score, or its rows cannot become codes.
         """
-        return named(self.policy or DEFAULT, self.score)
+        found = named(self.policy or DEFAULT, self.score)
+        return replace(found, kv_bits=self.kv_bits, kv_group_size=self.kv_group_size)
 
 
 @dataclass
@@ -133,6 +137,8 @@ def fresh(model: nn.Module, kind: Kind, wish: Wish, prompt_tokens: int | None, m
         plan = None
     except TableError as error:
         raise UserError(f"--head-rows: {error}") from error
+    except CodingError as error:
+        raise UserError(f"--kv-bits: {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"--kv-budget: {error}") from error
     if kind == "full" or plan is None:
@@ -200,11 +206,13 @@ def continued(model: nn.Module, file: str, wish: Wish, prompt_tokens: int) -> Ca
     for name, asked, found in (
         ("policy", wish.policy, {name_of(c.policy) for c in own}),
         ("score", wish.score, {c.policy.score for c in own}),
+        ("kv-bits", wish.kv_bits, {c.policy.kv_bits for c in own}),
+        ("kv-group-size", wish.kv_group_size, {c.policy.kv_group_size for c in own}),
     ):
         if asked is not None and found != {asked}:
             raise UserError(
                 f"--{name} {asked} differs from the {name} that --prompt-cache-file {file} was saved with "
-                f"({', '.join(found)}): leave --{name} out"
+                f"({', '.join('none' if x is None else str(x) for x in found)}): leave --{name} out"
             )
     if wish.prefill == "exact":
         for cache in own:

@@ -63,7 +63,8 @@ def quantize(prompt_cache: list[Any], quantized_kv_start: int, kv_group_size: in
     """
     if kv_bits is not None and zero_merge(prompt_cache):
         raise ValueError(
-            f"kv_bits={kv_bits} (--kv-bits) does not work with a ZeroMerge cache: leave it out, or use the full cache"
+            f"kv_bits={kv_bits} (--kv-bits) of mlx-lm does not work with a ZeroMerge cache: leave it out, and make "
+            f"the caches with zm_mlx.make_prompt_cache(model, kv_bits={kv_bits})"
         )
     _original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import mlx.core as mx
 
 from ..state.coded import Coded
-from ..state.coding import GROUPS, Coding
+from ..state.coding import GROUPS, Coding, CodingError
 from ..state.layout import Layout, smallest_rows
 from ..state.rows import Dense
 from ..state.state import Merged, Scores, State
@@ -85,9 +85,9 @@ class Policy:
         if self.newest < 1:
             raise ValueError(f"newest must be 1 row or more, not {self.newest!r}")
         if self.kv_bits is None and self.kv_group_size is not None:
-            raise ValueError("kv_group_size needs kv_bits, without which no rows become codes")
+            raise CodingError("kv_group_size needs kv_bits, without which no rows become codes")
         if self.coding is not None and self.numbers:
-            raise ValueError(
+            raise CodingError(
                 f"kv_bits does not go with the policy {type(self).__name__}, which computes with the numbers of all "
                 "rows: leave kv_bits out, or take another policy"
             )
@@ -138,7 +138,7 @@ class Policy:
         """The policy with the widest groups that divide vectors of these lengths, where rows become codes.
 
         Raises:
-            ValueError: no groups do, or not those that it asks for.
+            CodingError: no groups do, or not those that it asks for.
         """
         if self.kv_bits is None:
             return self

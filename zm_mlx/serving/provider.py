@@ -23,6 +23,7 @@ from ..host.model_caches import zero_merge
 from ..host.part import least
 from ..host.plan import Plan, context_of, plan_cache
 from ..loading import NO_LIMIT, Source, folder_of, load_split, load_vocabulary, widen
+from ..state.coding import CodingError
 from .slots import Cost, Slots, measure, require, require_memory
 
 ROWS = 2048  # per head, where nothing else is asked for: a server does not know its prompts
@@ -156,7 +157,7 @@ def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
         UserError: the budget or the table does not work.
     """
     head_rows = flags.head_rows(args.head_rows, folder_of(name))
-    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy)
+    wish = Wish(args.kv_budget, "streaming", head_rows, args.score, args.policy, args.kv_bits, args.kv_group_size)
     try:
         return plan_cache(
             model,
@@ -170,6 +171,8 @@ def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
         raise
     except TableError as error:
         raise UserError(f"--head-rows: {error}") from error
+    except CodingError as error:
+        raise UserError(f"--kv-bits: {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"--kv-budget: {error}") from error
 

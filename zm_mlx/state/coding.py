@@ -7,12 +7,16 @@ BITS = (8, 4)
 GROUPS = (64, 32)  # the widest first, which takes the fewest bytes
 
 
+class CodingError(ValueError):
+    """Rows cannot become codes in the way that is asked for."""
+
+
 @dataclass(frozen=True)
 class Coding:
     """Bits of a code, and how many neighbouring numbers share a scale and a bias.
 
     Raises:
-        ValueError: one is none of ``BITS`` and ``GROUPS``.
+        CodingError: one is none of ``BITS`` and ``GROUPS``.
     """
 
     bits: int
@@ -20,26 +24,26 @@ class Coding:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"kv_bits must be one of {_listed(BITS)}, not {self.bits!r}")
+            raise CodingError(f"kv_bits must be one of {_listed(BITS)}, not {self.bits!r}")
         if self.group not in GROUPS:
-            raise ValueError(f"kv_group_size must be one of {_listed(GROUPS)}, not {self.group!r}")
+            raise CodingError(f"kv_group_size must be one of {_listed(GROUPS)}, not {self.group!r}")
 
     @classmethod
     def fitting(cls, bits: int, group: int | None, dims: Sequence[int]) -> "Coding":
         """For vectors of these lengths, in groups of 64 numbers unless ``group`` says otherwise, or of 32.
 
         Raises:
-            ValueError: a vector cannot be divided into such groups; the message says what works.
+            CodingError: a vector cannot be divided into such groups; the message says what works.
         """
         works = [g for g in GROUPS if not any(d % g for d in dims)]
         if not works:
-            raise ValueError(
+            raise CodingError(
                 f"kv_bits needs head dims that are multiples of {min(GROUPS)}, and this model has "
                 f"{_listed(sorted(set(dims)))}: leave it out"
             )
         found = cls(bits, works[0] if group is None else group)
         if found.group not in works:
-            raise ValueError(
+            raise CodingError(
                 f"kv_group_size={group} does not divide the head dims {_listed(sorted(set(dims)))} of this model: "
                 f"{_listed(works)} works"
             )
