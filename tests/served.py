@@ -90,7 +90,7 @@ def serving(folder, *args, command=("-m", "zm_mlx.server")):
     try:
         server = Served(port, process, log)
         end = time.monotonic() + 120
-        while not _answers(server):
+        while not answers(server):
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.1)
         yield server
@@ -101,7 +101,8 @@ def serving(folder, *args, command=("-m", "zm_mlx.server")):
         process.wait()
 
 
-def _answers(server):
+def answers(server):
+    """Whether a server is there."""
     try:
         return server.get("/health")[0] == 200
     except OSError:
