@@ -129,14 +129,15 @@ def _after(seen: int, layout: Layout, shape: LayerShape, prompt: int | None) -> 
     """A layer's state after so many tokens, at most its capacity unless the whole ``prompt`` is held; zeros."""
     like = Dense.zeros((1, shape.heads, 0), shape.head_dim, shape.value_dim, _dtype(shape))
     if prompt is not None:
-        return State.empty(layout, like, max(layout.recent, prompt))._replace(filled=seen)
+        return State.empty(layout, like, max(layout.open, prompt))._replace(filled=seen)
     since = (seen - layout.capacity) % layout.staging
     filled = min(seen, layout.proximity + since)
     empty = State.empty(layout, like, layout.recent)
     places = mx.concatenate([mx.arange(group.rows) for group in layout.groups for _ in range(group.heads)])
     taken = (places < seen - filled)[None]
     kept = empty.kept._replace(weight=taken.astype(mx.float32), position=mx.where(taken, places[None], -1))
-    return empty._replace(kept=kept, departed=seen - filled, filled=filled, since_compaction=since)
+    after = empty._replace(kept=kept, departed=seen - filled, filled=filled, since_compaction=since)
+    return after.closing().without_leaving(layout, 0)
 
 
 def _dtype(shape: LayerShape) -> mx.Dtype:

@@ -147,7 +147,7 @@ class Policy:
     @property
     def smallest(self) -> int:
         """The fewest rows per head that work."""
-        return smallest_rows(self.residual, self.staging)
+        return smallest_rows(self.residual, self.staging, self.coding is not None)
 
     # ---- behaviour
 

@@ -55,6 +55,11 @@ class Coded(NamedTuple):
         return first
 
     @property
+    def parts(self) -> "tuple[Coded]":
+        """What lies one behind the other along the axis of rows: this alone."""
+        return (self,)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one number a row."""
         return self.keys.codes.shape[:-1]
@@ -126,8 +131,12 @@ class Coded(NamedTuple):
             yield slice(begin, min(begin + step, rows))
 
     def _few(self, vectors: mx.array) -> bool:
-        """Whether mlx's own product with codes is the better one; it takes rows that exist."""
-        return bool(self.shape[-1]) and (vectors.shape[-2] <= FEW or mx.default_device() == mx.gpu)
+        """Whether mlx's own product with codes is the better one.
+
+        It takes rows that exist, and copies rows that many queries share along another axis (``ops.plain.half``).
+        """
+        shared = self.shape[:-1] != tuple(vectors.shape[:-2])
+        return bool(self.shape[-1]) and not shared and (vectors.shape[-2] <= FEW or mx.default_device() == mx.gpu)
 
     def _product(self, x: mx.array, codes: Codes, transpose: bool) -> mx.array:
         coding, (words, scales, biases) = self.coding, _wide(codes)

@@ -9,6 +9,7 @@ from operator import index
 from .coding import Coding
 
 MAX_STAGING = 256
+STAGED, STAGED_BESIDE_CODES = 8, 16  # one row of so many is staged: what is staged takes no codes
 MAX_ROWS = 2**31 - 1  # of one layer, all heads together: what an array's axis can count
 FLOAT32 = 4
 
@@ -103,8 +104,8 @@ class Layout:
     ) -> "Layout":
         """Divide N rows per head, one number for all heads or one a head.
 
-        S = clamp(mean N / 8, 1, 256) unless ``staging`` says otherwise; P is the share ``proximity``
-        of the mean C = N - S, or ``newest`` rows if that is more but no more than half of C, as far as the smallest
+        S = clamp(mean N / 8, 1, 256), half of it beside codes, unless ``staging`` says otherwise; P is the share
+        ``proximity`` of the mean C = N - S, or ``newest`` rows if that is more but no more than half of C, as far as the smallest
         head has room for it.
 
         Raises:
@@ -115,8 +116,8 @@ class Layout:
         if len(table) != heads:
             raise ValueError(f"a table of rows per head needs {heads} numbers, one for each KV head, not {len(table)}")
         mean = sum(table) / heads
-        stage = staging if staging is not None else _staging(mean)
-        least = smallest_rows(residual, staging if len(set(table)) == 1 else stage)
+        stage = staging if staging is not None else _staging(mean, coding is not None)
+        least = smallest_rows(residual, staging if len(set(table)) == 1 else stage, coding is not None)
         if min(table) < least:
             raise ValueError(
                 f"a budget of {min(table)} rows per head is too small: the smallest that works here is {least} "
@@ -203,13 +204,14 @@ def whole_rows(rows: int | Sequence[int], heads: int) -> list[int]:
         raise ValueError(f"rows per head are whole numbers, one or one for each KV head, not {rows!r}") from error
 
 
-def smallest_rows(residual: int, staging: int | None) -> int:
+def smallest_rows(residual: int, staging: int | None, coded: bool = False) -> int:
     """The fewest rows per head that work: all residual rows, the staging region and one proximity row."""
     rows = residual + (staging or 1) + 1
-    while staging is None and rows < residual + _staging(rows) + 1:
+    while staging is None and rows < residual + _staging(rows, coded) + 1:
         rows += 1
     return rows
 
 
-def _staging(mean: float) -> int:
-    return max(1, min(MAX_STAGING, int(mean / 8)))
+def _staging(mean: float, coded: bool) -> int:
+    each = STAGED_BESIDE_CODES if coded else STAGED
+    return max(1, min(MAX_STAGING * STAGED // each, int(mean / each)))

@@ -29,6 +29,11 @@ class Dense(NamedTuple):
         return cls(*(mx.concatenate(list(x), axis=axis) for x in zip(*parts, strict=True)))
 
     @property
+    def parts(self) -> "tuple[Dense]":
+        """What lies one behind the other along the axis of rows: this alone."""
+        return (self,)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one number a row."""
         return self.keys.shape[:-1]

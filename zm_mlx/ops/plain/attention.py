@@ -12,9 +12,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ...policies.policy import Policy
+from ...state.coded import Coded
 from ...state.layout import Group, Layout
 from ...state.mixed import Rows
-from ...state.rows import after
+from ...state.rows import Dense, after
 from ...state.state import Call, KeptGroup, Scores, State
 
 LOGIT_BYTES = 64 * 2**20  # queries go through in blocks whose logits stay below this
@@ -152,20 +153,28 @@ def probabilities(queries: mx.array, later: int, part: Part, scale: float, polic
     filled, old = part.recent.shape[2], part.kept.weight.shape[2]
     q = queries.astype(mx.float32) * scale
 
-    def dots(rows: Rows) -> mx.array:
+    def dots(rows: Dense | Coded) -> mx.array:
         found = rows.dots(q.flatten(2, 3)).reshape(batch, heads, groups, length, rows.shape[2])
         return capped(found, part.cap)
 
-    now = dots(part.recent)
-    logits = [now]
+    *logits, now = map(dots, part.recent.parts)  # what is closed came before all queries
+    edge = sum(x.shape[-1] for x in logits)
     if length + later > 1:
         # All queries see what came before the first of them: no mask there, where parts are joined anyway.
-        first = filled - later - length if old else 0
+        first = filled - later - length if old or edge else 0
         newest = mx.arange(filled - later - length, filled - later)[:, None]
-        logits = [now[..., :first], mx.where(mx.arange(first, filled) <= newest, now[..., first:], -mx.inf)]
+        at = max(0, first - edge)
+        logits += [now[..., :at], mx.where(mx.arange(edge + at, filled) <= newest, now[..., at:], -mx.inf)]
+    else:
+        logits.append(now)
     if old:
-        log_mass = policy.log_mass(part.kept.weight)[:, :, None, None]
-        logits[:0] = compensated(dots(part.kept.rows), log_mass, part.spread[:, :, None, None], q, policy)
+        log_mass, spread = policy.log_mass(part.kept.weight)[:, :, None, None], part.spread[:, :, None, None]
+        begin, kept = 0, list[mx.array]()
+        for rows in part.kept.rows.parts:
+            end = begin + rows.shape[2]
+            kept += compensated(dots(rows), log_mass[..., begin:end], spread, q, policy)
+            spread, begin = spread[..., :0], end  # the first rows alone are residual ones
+        logits[:0] = kept
     return softmax([x for x in logits if x.shape[-1]], part.sinks)
 
 
