@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -161,6 +162,15 @@ def test_what_does_not_go_with_several_ranks_is_refused_by_name(monkeypatch, fla
     monkeypatch.setattr(ranks, "count", lambda: 1 if "and there is one" in words else 2)
     with pytest.raises(UserError, match=words):
         generate._asked(list(flags))
+
+
+def test_connections_to_machines_that_are_gone_fail_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        launched._notice_lost_machines()
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert {one.getsockopt(socket.IPPROTO_TCP, option) for option in launched.KEEP_ALIVE} >= {10, 5, 4}
+        one.sendall(b"still open")
 
 
 def test_an_exchange_of_one_rank_is_its_own_word():

@@ -5,6 +5,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,12 @@ FAILED = 1
 TERMINATED = 143
 PATIENCE = 10.0  # seconds between a signal to end and the end, where MLX's code does not come back before
 LOOK = 1.0  # seconds between two looks at whether mlx.launch is still there
+
+# Seconds without a sign of life, then between questions, how many of them; how long to send again (Linux, macOS).
+_OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+KEEP_ALIVE = {getattr(socket, name): value for name, value in _OPTIONS.items() if hasattr(socket, name)}
+if sys.platform == "darwin":
+    KEEP_ALIVE[0x80] = 30  # TCP_RXT_CONNDROPTIME
 
 ALONE = "this command runs in one process: start it without mlx.launch, which is for zm_mlx.generate and zm_mlx.server"
 
@@ -72,6 +79,7 @@ class _Rank:
             warnings.filterwarnings("ignore")
             logging.disable()
             signal.signal(signal.SIGINT, self._note)  # rank 0 ends the text, and so the others
+        _notice_lost_machines()
         signal.signal(signal.SIGTERM, _raise)
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -133,6 +141,24 @@ class _Rank:
 
 
 _current: _Rank | None = None
+
+
+def _notice_lost_machines() -> None:
+    """Let connections to other ranks fail half a minute after a machine has gone without a word, as without power.
+
+    MLX itself would wait for ever, or as long as the system sends again what nobody confirms.
+    """
+    for name in os.listdir("/dev/fd"):
+        try:
+            found = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # no socket, or the folder itself, which is closed by now
+            continue
+        with found:
+            if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in KEEP_ALIVE.items():
+                    with contextlib.suppress(OSError):
+                        found.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _raise(*_: object) -> NoReturn:
