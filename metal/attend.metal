@@ -74,7 +74,8 @@ for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
     const int g = lane / 4 % PADDED, j = j0 + r0 + lane / 4 / PADDED, i = begin + j;
     if (lane % 4 == 0 && g < GT && j < count) {
       const float spread = i < merged ? residual_spread[size_t(bh) * R + i] : 0.0f;
-      const float logit = zm_compensated(dot, log_mass[j], kappa, spread, half_norms[g]);
+      const float score = CAPPED ? zm_capped(dot, cap) : dot;
+      const float logit = zm_compensated(score, log_mass[j], kappa, spread, half_norms[g]);
       logits[g * ROWS + j] = logit;
       if (SPLIT && g < members) new_kept_score[(head + g) * capacity + i] = logit;
     }

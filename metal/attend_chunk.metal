@@ -108,7 +108,8 @@ for (int t = tiles * split / splits; t < tiles * (split + 1) / splits; t++) {
   ZM_UNROLL
   for (int c = 0; c < BK / 4; c++) {
     const int j = lane % 4 + 4 * c;
-    x[c] = zm_compensated(scale * logits[(lane / 4) * BK + j], log_mass[j], kappa, spread[j], half_norm);
+    const float score = scale * logits[(lane / 4) * BK + j];
+    x[c] = zm_compensated(CAPPED ? zm_capped(score, cap) : score, log_mass[j], kappa, spread[j], half_norm);
     x[c] = is_kept || at + j < sees ? x[c] : ZM_NEG_INF;
     highest = max(highest, x[c]);
   }

@@ -13,6 +13,9 @@ struct Lane {
 // What the tokens behind a row add to its logit; a row of weight 0 holds nothing.
 inline float zm_log_mass(float weight, float alpha) { return weight > 0 ? alpha * log(weight) : ZM_NEG_INF; }
 
+// A score under the model's soft cap; beyond 10 tanh is 1 in float32.
+inline float zm_capped(float score, float cap) { return cap * tanh(clamp(score / cap, -10.0f, 10.0f)); }
+
 // `dot` and `half_norm` (half the squared norm) are those of the scaled query; `spread` is 0 unless rows were merged.
 inline float zm_compensated(float dot, float log_mass, float kappa, float spread, float half_norm) {
   return dot + log_mass + (spread == 0 ? 0.0f : min(kappa, half_norm * spread));

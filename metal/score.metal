@@ -98,7 +98,8 @@ if (first < read) {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lane / 8; i < BQ; i += 4) {
-      const float logit = zm_compensated(scale * dots[i * 8 + column], log_mass, kappa, spread, half_norms[i]);
+      const float dot = scale * dots[i * 8 + column];
+      const float logit = zm_compensated(CAPPED ? zm_capped(dot, cap) : dot, log_mass, kappa, spread, half_norms[i]);
       if (is_kept || at + column < sees[i]) {
         mass += decays[i] * exp(logit - normaliser[i]);
       }

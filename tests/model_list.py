@@ -41,7 +41,7 @@ LATENT = (
     "more (mlx-lm's full cache holds it once)"
 )
 SHARED = "Layers that share keys and values: later ones see what the earlier one's queries saw"
-CAPPED = "Scores with a soft cap, computed in plain MLX operations also on a Mac"
+CAPPED = "Scores with a soft cap"
 KINDS = (PLAIN, PARTLY, LATENT, SHARED, CAPPED)
 REFUSED = "Refused"
 

@@ -31,6 +31,7 @@ class Case:
     rows: int = 90
     heads: int = 2
     batch: int = 2
+    capped: bool = False  # scores, by 1
 
     @property
     def layout(self) -> Layout:
@@ -103,7 +104,9 @@ def problem(name: str, case: Case, seed: int = 0) -> Problem:
     shape = (case.batch, layout.heads * case.groups, length, case.head_dim)
     queries = mx.random.normal(shape, key=keys[0]).astype(case.dtype)
     importance = Scores(*(mx.random.uniform(shape=x.shape, key=k) for x, k in zip(state.scores, keys[1:], strict=True)))
-    return Problem(Call(queries, case.head_dim**-0.5), state, layout, Policy(), importance)
+    return Problem(
+        Call(queries, case.head_dim**-0.5, cap=1.0 if case.capped else None), state, layout, Policy(), importance
+    )
 
 
 def random_state(case: Case, layout: Layout, key: mx.array) -> State:

@@ -54,8 +54,11 @@ class Operations:
         return operation(call, state, self.layout, self.policy)
 
     def attend_whole(self, call: Call, state: State) -> mx.array:
-        """Attention alone: mlx's own as long as all rows are in the recent store."""
-        return self.attend(call, state)[0] if state.departed or state.closed else uncompressed.attend(call, state)
+        """Attention alone: mlx's own as long as all rows are in the recent store; it has no soft cap, a kernel has."""
+        kernel = call.cap is not None and self._on_metal("attend_chunk", state, call)
+        if state.departed or state.closed or kernel:
+            return self.attend(call, state)[0]
+        return uncompressed.attend(call, state)
 
     def bind(self, call: Call, state: State) -> Step:
         """``attend`` for one token after the other until the next compaction, as ``decode.bind``."""
@@ -99,10 +102,11 @@ class Operations:
             return False
         if self.layout.coding is not None:
             return False
-        dtype, groups = state.recent.dtype, 1
+        dtype, groups, capped = state.recent.dtype, 1, False
         if call is not None:
             groups = min(8, call.queries.shape[1] // self.layout.heads)
-            if call.queries.dtype != dtype or call.cap is not None:  # the kernels take one dtype, and no soft cap
+            capped = call.cap is not None
+            if call.queries.dtype != dtype:  # the kernels take one dtype for queries and rows
                 return False
         behaviour: tuple[str, ...] = ("log_mass", "lift")
         if name == "compact":
@@ -111,7 +115,7 @@ class Operations:
             return False
         if name == "compact" and not compact.serves(state, self.layout, self.policy):
             return False
-        return _verified(name, state.recent.head_dim, state.recent.value_dim, dtype, groups)
+        return _verified(name, state.recent.head_dim, state.recent.value_dim, dtype, groups, capped)
 
 
 def mode(kernels: Mode | None = None) -> Mode:
@@ -137,7 +141,7 @@ def _in_half(state: State) -> bool:
 
 
 @cache
-def _verified(name: str, head_dim: int, value_dim: int, dtype: mx.Dtype, groups: int) -> bool:
+def _verified(name: str, head_dim: int, value_dim: int, dtype: mx.Dtype, groups: int, capped: bool = False) -> bool:
     """Whether a kernel gives on this machine what its twin gives."""
     if not serves(head_dim, value_dim, dtype):
         warnings.warn(
@@ -147,7 +151,7 @@ def _verified(name: str, head_dim: int, value_dim: int, dtype: mx.Dtype, groups:
         )
         return False
     try:
-        wrong = check.compare(name, check.Case(dtype, head_dim, value_dim, groups)).complaint
+        wrong = check.compare(name, check.Case(dtype, head_dim, value_dim, groups, capped=capped)).complaint
     except Exception as error:  # a shader compiler may fail in any way
         wrong = f"{type(error).__name__}: {error}"
     if wrong:

@@ -31,9 +31,8 @@ class Remembering(Operations):
         return super().attend(call, state)
 
     def attend_whole(self, call: Call, state: State) -> mx.array:
-        if not state.departed:  # else ``attend`` hears it
-            self.heard.append((call.length, state))
-        return super().attend_whole(call, state)
+        self.heard.append((call.length, state))
+        return plain(self).attend_whole(call, state)
 
     def bind(self, call: Call, state: State) -> Step:
         self.heard.append((1, state))

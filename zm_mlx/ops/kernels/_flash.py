@@ -13,7 +13,7 @@ THREADGROUPS = 128  # with fewer than this, rows are split
 ROWS_OF_A_SPLIT = 256  # at least
 INPUTS = (
     "queries", "kept_keys", "kept_values", "kept_weight", "residual_spread", "recent_keys", "recent_values",
-    "sinks", "starts", "departed", "filled", "splits", "scale", "alpha", "kappa",
+    "sinks", "starts", "departed", "filled", "splits", "scale", "alpha", "kappa", "cap",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def flash(
             mx.zeros((1,)) if call.sinks is None else call.sinks.astype(mx.float32),
             mx.array(layout.starts, mx.int32),
             *(state.departed, state.filled, splits),
-            *(float(call.scale), float(policy.alpha), float(policy.kappa)),
+            *(float(call.scale), float(policy.alpha), float(policy.kappa), float(call.cap or 0)),
         ],
         template=[
             ("T", queries.dtype),
@@ -70,6 +70,7 @@ def flash(
             ("SG", QUERY_SIMDGROUPS),
             ("SINKS", call.sinks is not None),
             ("VALUES", with_output),
+            ("CAPPED", call.cap is not None),
         ],
         grid=(tiles * splits * QUERY_SIMDGROUPS * SIMD, layout.heads, batch),
         threadgroup=(QUERY_SIMDGROUPS * SIMD, 1, 1),

@@ -15,7 +15,7 @@ WANTED = 128  # threadgroups, where rows are split
 INPUTS = (
     *("queries", "kept_keys", "kept_values", "kept_weight", "residual_spread", "recent_keys", "recent_values"),
     *("kept_score", "recent_score", "sinks", "starts", "departed", "filled", "capacity"),
-    *("scale", "alpha", "kappa", "decay"),
+    *("scale", "alpha", "kappa", "decay", "cap"),
 )
 JOIN_INPUTS = (
     *("partial_output", "logits", "partial_sums"),
@@ -45,21 +45,22 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
     tiles, tile = tiles_of(groups)
     splits, split_rows = splits_of(batch * heads * tiles, tile, capacity)
     split, has_kept = splits * tiles > 1, layout.starts[-1] > 0
-    scale, alpha, kappa, decay = (
-        mx.array(x, mx.float32) for x in (call.scale, policy.alpha, policy.kappa, policy.decay)
+    scale, alpha, kappa, decay, cap = (
+        mx.array(x, mx.float32) for x in (call.scale, policy.alpha, policy.kappa, policy.decay, call.cap or 0)
     )
     # Arrays without elements cannot be inputs; the kernels do not look at what stands in for them.
     kept = [*state.kept.rows, state.kept.weight] if has_kept else [*state.recent, state.scores.recent]
     kept.append(state.residuals.spread if layout.residual else state.scores.recent)
     sinks = scale.reshape(1) if call.sinks is None else call.sinks.astype(mx.float32)
     bound = [sinks, mx.array(layout.starts, mx.int32), mx.array(state.departed, mx.int32)]
-    settings = [mx.array(capacity, mx.int32), scale, alpha, kappa, decay]
+    settings = [mx.array(capacity, mx.int32), scale, alpha, kappa, decay, cap]
     scores = [(state.scores.kept if has_kept else state.scores.recent).shape, state.scores.recent.shape]
     whole = [(batch, query_heads, 1, value_dim), *scores]
     many = (batch, heads, groups)
     partial = [(*many, splits, value_dim), (*many, capacity), (*many, splits, 2)]
     template = [("G", groups), ("DV", value_dim), ("SINKS", call.sinks is not None)]
     own = [("T", dtype), ("D", dim), ("R", layout.residual), ("GT", tile), ("ROWS", split_rows), ("SPLIT", split)]
+    own.append(("CAPPED", call.cap is not None))
     first, second = kernel("attend", INPUTS, OUTPUTS), kernel("attend_join", JOIN_INPUTS, OUTPUTS)
 
     def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:

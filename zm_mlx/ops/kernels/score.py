@@ -12,7 +12,7 @@ from ._flash import flash
 ROW_SIMDGROUPS = 8  # simdgroups of 8 rows in a threadgroup
 INPUTS = (
     "queries", "kept_keys", "kept_weight", "kept_score", "residual_spread", "recent_keys", "recent_score",
-    "log_sum_exp", "starts", "departed", "filled", "scale", "alpha", "kappa", "decay", "fade",
+    "log_sum_exp", "starts", "departed", "filled", "scale", "alpha", "kappa", "decay", "fade", "cap",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def score(call: Call, state: State, layout: Layout, policy: Policy, log_sum_exp:
             mx.array(layout.starts, mx.int32),
             *(state.departed, state.filled, float(call.scale)),
             *(float(policy.alpha), float(policy.kappa), float(policy.decay), float(policy.decay**length)),
+            float(call.cap or 0),
         ],
         template=[
             ("T", queries.dtype),
@@ -53,6 +54,7 @@ def score(call: Call, state: State, layout: Layout, policy: Policy, log_sum_exp:
             ("R", layout.residual),
             ("BQ", queries_of_a_tile(dim, queries.dtype.size)),
             ("SG", ROW_SIMDGROUPS),
+            ("CAPPED", call.cap is not None),
         ],
         grid=(-(-tiles // ROW_SIMDGROUPS) * threads, layout.heads, batch),
         threadgroup=(threads, 1, 1),

@@ -19,8 +19,9 @@ def attend(call: Call, state: State) -> mx.array:
 def attend_rows(call: Call, rows: Dense) -> mx.array:
     """``attend`` over rows [B, H, n], the last L the queries' own."""
     queries, length, filled = call.queries, call.length, rows.shape[2]
-    # On the CPU mlx materialises the logits.
-    step = length if mx.default_device() == mx.gpu else block_length(queries, filled)
+    # On the CPU mlx materialises the logits, and with a cap so do we.
+    whole = mx.default_device() == mx.gpu and call.cap is None
+    step = length if whole else block_length(queries, filled)
     outputs: list[mx.array] = []
     for begin in range(0, length, step):
         # One block after the other, or the logits of all exist at once.
