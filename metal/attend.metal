@@ -2,6 +2,9 @@
 // over one split of the head's filled rows. Row i of a head is kept row i for i < old, then recent
 // row i - old. Grid: x splits, y tiles, z batch * KV heads; 8 simdgroups.
 //
+// ZM_CODED (BITS, GS): kept rows are codes, but for the residual ones, and so are the first `closed` recent rows; with
+// their scales and biases there are more arrays, so that numbers come in `counts` and `settings`, for Metal takes 31.
+//
 // SPLIT (several splits or tiles): the outputs are scratch for attend_join: output the unnormalised
 // float32 outputs [B, H, G, splits, DV], new_kept_score the logits [B, H, G, capacity], new_recent_score
 // the (maximum, sum) behind each of the outputs [B, H, G, splits, 2].
@@ -10,7 +13,13 @@ constexpr int SIMDS = 8;
 constexpr int PADDED = GT > 4 ? 8 : GT > 2 ? 4 : GT;  // 8 dot products go through one reduction:
 constexpr int BLOCK = 8 / PADDED;                     // those of BLOCK rows with all heads of the tile
 constexpr int FLIGHT = BLOCK > 4 ? BLOCK : 4;         // rows that a simdgroup loads at once
-constexpr int ND = Lane<D>::size, NV = Lane<DV>::size;
+#ifdef ZM_CODED
+constexpr int ND = Lane<D>::size == 3 ? 4 : Lane<D>::size, NV = Lane<DV>::size == 3 ? 4 : Lane<DV>::size;  // whole bytes
+const int departed = counts[0], filled = counts[1], capacity = counts[2], closed = counts[3];
+const float scale = settings[0], alpha = settings[1], kappa = settings[2], decay = settings[3], cap = settings[4];
+#else
+constexpr int ND = Lane<D>::size, NV = Lane<DV>::size, closed = 0;
+#endif
 
 threadgroup float logits[GT * ROWS];  // later the probabilities, not normalised
 threadgroup float log_mass[ROWS];
@@ -22,12 +31,13 @@ const int simd = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgrou
 const int split = threadgroup_position_in_grid.x, splits = threadgroups_per_grid.x;
 const int tile = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
 
-const int kept_rows = kept_keys_shape[1], heads = recent_keys_shape[1], recent_rows = recent_keys_shape[2];
+const int kept_rows = kept_keys_shape[1], heads = recent_keys_shape[1];
+const int open_rows = recent_keys_shape[2], recent_rows = closed + open_rows;
 const int b = bh / heads, h = bh % heads;
 const int edge = lane < 2 ? starts[h + lane] : 0;
 const int start = simd_broadcast(edge, 0), rows = simd_broadcast(edge, 1) - start;
 const size_t first = size_t(b) * kept_rows + start;  // of the head's kept rows
-const size_t recent = size_t(bh) * recent_rows;
+const size_t recent = size_t(bh) * recent_rows, newest = size_t(bh) * open_rows;  // of its scores, and of its numbers
 const int old = min(departed, rows), total = old + filled;
 const int merged = departed > rows ? R : 0;
 const int length = (total + splits - 1) / splits;
@@ -55,14 +65,30 @@ if (simd < GT) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
+// A lane's elements of row i; every lane of the simdgroup reads the same row.
+#ifdef ZM_CODED
+#define ZM_CODES(store, at, x, width, keys, key) \
+  zm_decoded<BITS, GS, width>( \
+      store##_##keys + (at) * (width * BITS / 32), store##_##key##_scales + (at) * (width / GS), \
+      store##_##key##_biases + (at) * (width / GS), lane, x)
+#define ZM_ROW(x, width, keys, key) \
+  if (i < merged) zm_numbers<width>(residual_##keys + (size_t(bh) * R + i) * width, lane, x); \
+  else if (i < old) ZM_CODES(kept, first + i, x, width, keys, key); \
+  else if (i < old + closed) ZM_CODES(closed, size_t(bh) * closed + i - old, x, width, keys, key); \
+  else zm_numbers<width>(recent_##keys + (newest + i - old - closed) * width, lane, x)
+#else
+#define ZM_ROW(x, width, keys, key) \
+  zm_numbers<width>(i < old ? kept_##keys + (first + i) * width : recent_##keys + (newest + i - old) * width, lane, x)
+#endif
+
 // Logits. Rows of weight 0 are not read.
 for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
   float k[FLIGHT][ND];
   for (int r = 0; r < FLIGHT; r++) {
     const int j = j0 + r, i = begin + j;
     const bool used = j < count && log_mass[j] != ZM_NEG_INF;
-    const device T* row = i < old ? kept_keys + (first + i) * D : recent_keys + (recent + i - old) * D;
-    for (int e = 0; e < ND; e++) k[r][e] = used ? zm_element<D>(row, lane * ND + e) : 0.0f;
+    for (int e = 0; e < ND; e++) k[r][e] = 0;
+    if (used) { ZM_ROW(k[r], D, keys, key); }
   }
 #pragma clang loop unroll(full)
   for (int r0 = 0; r0 < FLIGHT; r0 += BLOCK) {
@@ -113,8 +139,8 @@ for (int j0 = simd * FLIGHT; j0 < count; j0 += SIMDS * FLIGHT) {
   for (int r = 0; r < FLIGHT; r++) {
     const int j = j0 + r, i = begin + j;
     const bool used = j < count && log_mass[j] != ZM_NEG_INF;
-    const device T* row = i < old ? kept_values + (first + i) * DV : recent_values + (recent + i - old) * DV;
-    for (int e = 0; e < NV; e++) v[r][e] = used ? zm_element<DV>(row, lane * NV + e) : 0.0f;
+    for (int e = 0; e < NV; e++) v[r][e] = 0;
+    if (used) { ZM_ROW(v[r], DV, values, value); }
   }
   for (int r = 0; r < FLIGHT; r++)
     for (int g = 0; g < GT; g++) {

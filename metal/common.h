@@ -42,10 +42,34 @@ inline float zm_sum_of_8(thread float (&v)[8], ushort lane) {
   return v[0] + simd_shuffle_xor(v[0], 1);
 }
 
-// Element i of a row of n, or 0 past its end.
-template <int n, typename T>
-inline float zm_element(const device T* row, int i) {
-  return n % 32 == 0 || i < n ? float(row[i]) : 0.0f;
+// A lane's elements of a row of n numbers, 0 past its end.
+template <int n, int each, typename T>
+inline void zm_numbers(const device T* row, ushort lane, thread float (&x)[each]) {
+  for (int e = 0; e < each; e++) x[e] = 32 * each == n || lane * each + e < n ? float(row[lane * each + e]) : 0.0f;
+}
+
+// A lane's elements of a row of n codes, as many of which share a scale and a bias as `group` says. All lanes call it.
+// A lane's codes are one unit of memory, and each scale and bias is read once.
+template <int bits, int group, int n, int each, typename T>
+inline void zm_decoded(
+    const device uint* row, const device T* scales, const device T* biases, ushort lane, thread float (&x)[each]) {
+  constexpr int groups = n / group, width = bits * each, unit = width < 32 ? each : 32 / bits;
+  const float scale_here = lane < groups ? float(scales[lane]) : 0.0f;
+  const float bias_here = lane < groups ? float(biases[lane]) : 0.0f;
+  const ushort mine = min(lane * each / group, groups - 1);
+  const float scale = simd_shuffle(scale_here, mine), bias = simd_shuffle(bias_here, mine);
+  const bool inside = lane * each < n;
+  for (int w = 0; w < each / unit; w++) {
+    uint codes = 0;
+    if (inside) {
+      codes = width >= 32   ? row[lane * (each / unit) + w]
+              : width == 16 ? uint(((const device ushort*)row)[lane])
+                            : uint(((const device uchar*)row)[lane]);
+    }
+    for (int e = 0; e < unit; e++) {
+      x[w * unit + e] = inside ? scale * float((codes >> (bits * e)) & ((1u << bits) - 1)) + bias : 0.0f;
+    }
+  }
 }
 
 // ---- end of attend

@@ -8,7 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies.policy import Policy
+from ..state.coded import Coded
+from ..state.coding import Coding
 from ..state.layout import Layout
+from ..state.mixed import Held, Mixed, numbers_of
 from ..state.rows import Dense
 from ..state.state import Call, Kept, Residuals, Scores, State
 from .plain import attention, compaction
@@ -32,13 +35,15 @@ class Case:
     heads: int = 2
     batch: int = 2
     capped: bool = False  # scores, by 1
+    coding: Coding | None = None
 
     @property
     def layout(self) -> Layout:
         """Unequal heads: the first has twice the context of the others."""
         residual, recent = 4, max(CHUNK + 2, self.rows // 2)
         context = max(1, self.rows - recent - residual)
-        return Layout(residual, (2 * context, *[context] * (self.heads - 1)), recent - recent // 5, recent // 5)
+        context_of = (2 * context, *[context] * (self.heads - 1))
+        return Layout(residual, context_of, recent - recent // 5, recent // 5, coding=self.coding)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def random_state(case: Case, layout: Layout, key: mx.array) -> State:
     position = mx.where(merged, -1, mx.arange(kept[1])).astype(mx.int32)
     key_sum, value_sum = (WEIGHT * normal(*sums, d) for d in (case.head_dim, case.value_dim))
     square_sum = (key_sum * key_sum).sum(axis=-1) / WEIGHT + WEIGHT
-    return State(
+    state = State(
         kept=Kept(rows(*kept), mx.where(merged, float(WEIGHT), 1.0), position),
         residuals=Residuals(uniform(*sums), key_sum, value_sum, square_sum),
         recent=rows(*recent),
@@ -137,7 +142,21 @@ def random_state(case: Case, layout: Layout, key: mx.array) -> State:
         reading=Scores.none_like(scores),
         departed=kept[1] + 100,
         filled=layout.recent - 1,
-        since_compaction=0,
+        since_compaction=layout.staging - 1,
+    )
+    return state if case.coding is None else with_codes(state, layout, case.coding)
+
+
+def with_codes(state: State, layout: Layout, coding: Coding) -> State:
+    """A state of numbers, all merged, with the rows as codes that its last compaction passed."""
+    held, recent = numbers_of(state.kept.rows), numbers_of(state.recent)
+    first = mx.array([start + r for start in layout.starts[:-1] for r in range(layout.residual)])
+    residual = held.map(lambda x: x[:, first].reshape(x.shape[0], layout.heads, layout.residual, -1))
+    closed = state.filled - state.since_compaction
+    coded = Coded.of(recent.cut(0, closed), coding)
+    return state._replace(
+        kept=state.kept._replace(rows=Held(residual, Coded.of(held, coding))),
+        recent=Mixed(recent.cut(closed, state.recent_rows), coded, True),
     )
 
 

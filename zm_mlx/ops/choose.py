@@ -16,6 +16,7 @@ from typing import Literal
 import mlx.core as mx
 
 from ..policies.policy import Policy
+from ..state.coding import Coding
 from ..state.layout import Layout
 from ..state.rows import Dense
 from ..state.state import Call, Scores, State, Step
@@ -26,6 +27,7 @@ from .plain import attention, compaction, decode, fitting, half, replaying, rere
 
 ENVIRONMENT = "ZM_MLX_KERNELS"
 MODES = ("auto", "metal", "ops")
+CODED = ("attend",)  # kernels that read codes; for the others plain operations take their place
 
 Mode = Literal["auto", "metal", "ops"]
 
@@ -100,7 +102,7 @@ class Operations:
         """Whether a kernel computes."""
         if self.kernels == "ops" or (self.kernels == "auto" and not has_metal()):
             return False
-        if self.layout.coding is not None:
+        if self.layout.coding is not None and name not in CODED:
             return False
         dtype, groups, capped = state.recent.dtype, 1, False
         if call is not None:
@@ -115,7 +117,7 @@ class Operations:
             return False
         if name == "compact" and not compact.serves(state, self.layout, self.policy):
             return False
-        return _verified(name, state.recent.head_dim, state.recent.value_dim, dtype, groups, capped)
+        return _verified(name, state.recent.head_dim, state.recent.value_dim, dtype, groups, capped, self.layout.coding)
 
 
 def mode(kernels: Mode | None = None) -> Mode:
@@ -141,7 +143,15 @@ def _in_half(state: State) -> bool:
 
 
 @cache
-def _verified(name: str, head_dim: int, value_dim: int, dtype: mx.Dtype, groups: int, capped: bool = False) -> bool:
+def _verified(
+    name: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: mx.Dtype,
+    groups: int,
+    capped: bool = False,
+    coding: Coding | None = None,
+) -> bool:
     """Whether a kernel gives on this machine what its twin gives."""
     if not serves(head_dim, value_dim, dtype):
         warnings.warn(
@@ -151,7 +161,9 @@ def _verified(name: str, head_dim: int, value_dim: int, dtype: mx.Dtype, groups:
         )
         return False
     try:
-        wrong = check.compare(name, check.Case(dtype, head_dim, value_dim, groups, capped=capped)).complaint
+        wrong = check.compare(
+            name, check.Case(dtype, head_dim, value_dim, groups, capped=capped, coding=coding)
+        ).complaint
     except Exception as error:  # a shader compiler may fail in any way
         wrong = f"{type(error).__name__}: {error}"
     if wrong:

@@ -105,8 +105,8 @@ class Layout:
         """Divide N rows per head, one number for all heads or one a head.
 
         S = clamp(mean N / 8, 1, 256), half of it beside codes, unless ``staging`` says otherwise; P is the share
-        ``proximity`` of the mean C = N - S, or ``newest`` rows if that is more but no more than half of C, as far as the smallest
-        head has room for it.
+        ``proximity`` of the mean C = N - S, or ``newest`` rows if that is more but no more than half of C, as far as
+        the smallest head has room for it.
 
         Raises:
             ValueError: a head has too few rows (the message says the fewest that work), or the

@@ -28,21 +28,26 @@ def metal_folder() -> Path:
 
 
 @cache
-def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
-    """The kernel of ``metal/<name>.metal``; built by MLX when it is first launched."""
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], coded: bool = False) -> Any:
+    """The kernel of ``metal/<name>.metal``, for rows of codes if asked for; built by MLX when it is first launched."""
     folder = metal_folder()
     return mx.fast.metal_kernel(
-        name=f"zm_{name}",
+        name=f"zm_{name}_coded" if coded else f"zm_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
         source=(folder / f"{name}.metal").read_text(),
-        header=(folder / "common.h").read_text(),
+        header=("#define ZM_CODED\n" if coded else "") + (folder / "common.h").read_text(),
     )
 
 
 def serves(head_dim: int, value_dim: int, dtype: mx.Dtype) -> bool:
     """Whether the kernels are written for these shapes."""
     return head_dim in HEAD_DIMS and value_dim in HEAD_DIMS and dtype in DTYPES
+
+
+def addressable(x: mx.array) -> mx.array:
+    """x, or its elements among more: MLX puts arrays of fewer than 8 where pointers of functions do not reach."""
+    return x if x.size >= 8 else mx.pad(x.reshape(-1), (0, 8 - x.size))
 
 
 def present(x: mx.array) -> mx.array:

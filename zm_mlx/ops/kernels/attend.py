@@ -1,11 +1,14 @@
 """One decode step of attention as Metal kernels (metal/attend.metal, metal/attend_join.metal)."""
 
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Layout
+from ...state.mixed import Held, Mixed, numbers_of
 from ...state.state import Call, Scores, State, Step
-from ._common import SIMD, TILE, kernel
+from ._common import SIMD, TILE, addressable, kernel, present
 
 THREADS = 8 * SIMD
 CHUNK = 512  # rows whose scores one threadgroup of the second launch computes
@@ -17,11 +20,21 @@ INPUTS = (
     *("kept_score", "recent_score", "sinks", "starts", "departed", "filled", "capacity"),
     *("scale", "alpha", "kappa", "decay", "cap"),
 )
+CODED_INPUTS = (
+    *("queries", "kept_keys", "kept_key_scales", "kept_key_biases"),
+    *("kept_values", "kept_value_scales", "kept_value_biases"),
+    *("closed_keys", "closed_key_scales", "closed_key_biases"),
+    *("closed_values", "closed_value_scales", "closed_value_biases"),
+    *("residual_keys", "residual_values", "kept_weight", "residual_spread", "recent_keys", "recent_values"),
+    *("kept_score", "recent_score", "sinks", "starts", "counts", "settings"),
+)
 JOIN_INPUTS = (
     *("partial_output", "logits", "partial_sums"),
     *("kept_score", "recent_score", "sinks", "starts", "departed", "filled", "decay"),
 )
 OUTPUTS = ("output", "new_kept_score", "new_recent_score")
+
+Arguments = Callable[[mx.array, State, Sequence[mx.array]], list[mx.array]]
 
 
 def attend(call: Call, state: State, layout: Layout, policy: Policy) -> tuple[mx.array, Scores]:
@@ -45,15 +58,11 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
     tiles, tile = tiles_of(groups)
     splits, split_rows = splits_of(batch * heads * tiles, tile, capacity)
     split, has_kept = splits * tiles > 1, layout.starts[-1] > 0
-    scale, alpha, kappa, decay, cap = (
-        mx.array(x, mx.float32) for x in (call.scale, policy.alpha, policy.kappa, policy.decay, call.cap or 0)
-    )
     # Arrays without elements cannot be inputs; the kernels do not look at what stands in for them.
-    kept = [*state.kept.rows, state.kept.weight] if has_kept else [*state.recent, state.scores.recent]
-    kept.append(state.residuals.spread if layout.residual else state.scores.recent)
-    sinks = scale.reshape(1) if call.sinks is None else call.sinks.astype(mx.float32)
+    sinks = mx.zeros((1,)) if call.sinks is None else call.sinks.astype(mx.float32)
     bound = [sinks, mx.array(layout.starts, mx.int32), mx.array(state.departed, mx.int32)]
-    settings = [mx.array(capacity, mx.int32), scale, alpha, kappa, decay, cap]
+    decay, coding = mx.array(policy.decay, mx.float32), layout.coding
+    arguments = (_numbers if coding is None else _codes)(call, state, layout, policy, capacity)
     scores = [(state.scores.kept if has_kept else state.scores.recent).shape, state.scores.recent.shape]
     whole = [(batch, query_heads, 1, value_dim), *scores]
     many = (batch, heads, groups)
@@ -61,14 +70,17 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
     template = [("G", groups), ("DV", value_dim), ("SINKS", call.sinks is not None)]
     own = [("T", dtype), ("D", dim), ("R", layout.residual), ("GT", tile), ("ROWS", split_rows), ("SPLIT", split)]
     own.append(("CAPPED", call.cap is not None))
-    first, second = kernel("attend", INPUTS, OUTPUTS), kernel("attend_join", JOIN_INPUTS, OUTPUTS)
+    if coding is not None:
+        own += [("BITS", coding.bits), ("GS", coding.group)]
+    first = kernel("attend", INPUTS if coding is None else CODED_INPUTS, OUTPUTS, coding is not None)
+    second = kernel("attend_join", JOIN_INPUTS, OUTPUTS)
 
     def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
         kept_score, recent_score = state.scores
         filled = mx.array(state.filled, mx.int32)
         common = [kept_score if has_kept else recent_score, recent_score, *bound, filled]
         out, on_kept, on_recent = first(
-            inputs=[queries, *kept, *state.recent, *common, *settings],
+            inputs=arguments(queries, state, common),
             output_shapes=partial if split else whole,
             output_dtypes=[mx.float32 if split else dtype, mx.float32, mx.float32],
             grid=(THREADS * splits, tiles, batch * heads),
@@ -87,6 +99,41 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
         return out, Scores(on_kept if has_kept else kept_score, on_recent)
 
     return step
+
+
+def _numbers(call: Call, state: State, layout: Layout, policy: Policy, capacity: int) -> Arguments:
+    """The inputs of the first launch where all rows are numbers, of queries, a state and what both launches take."""
+    held, recent = numbers_of(state.kept.rows), numbers_of(state.recent)
+    has_kept = layout.starts[-1] > 0
+    kept = [*held, state.kept.weight] if has_kept else [*recent, state.scores.recent]
+    kept.append(state.residuals.spread if layout.residual else state.scores.recent)
+    settings = [mx.array(x, mx.float32) for x in (call.scale, policy.alpha, policy.kappa, policy.decay, call.cap or 0)]
+    size = mx.array(capacity, mx.int32)
+
+    def arguments(queries: mx.array, state: State, common: Sequence[mx.array]) -> list[mx.array]:
+        return [queries, *kept, *numbers_of(state.recent), *common, size, *settings]
+
+    return arguments
+
+
+def _codes(call: Call, state: State, layout: Layout, policy: Policy, capacity: int) -> Arguments:
+    """The same where rows are codes."""
+    held, recent = state.kept.rows, state.recent
+    if not (isinstance(held, Held) and isinstance(recent, Mixed)):
+        raise TypeError("rows are numbers, and this layout's are codes")
+    arrays = [*held.coded.arrays(), *recent.coded.arrays(), *held.residual.arrays()]
+    rows = [addressable(present(x)) if i % 3 or i > 11 else present(x) for i, x in enumerate(arrays)]
+    masses = [present(state.kept.weight), present(state.residuals.spread)]
+    settings = mx.array([call.scale, policy.alpha, policy.kappa, policy.decay, call.cap or 0], mx.float32)
+    departed, closed = state.departed, state.closed
+
+    def arguments(queries: mx.array, state: State, common: Sequence[mx.array]) -> list[mx.array]:
+        kept_score, recent_score, sinks, starts, *_ = common
+        counts = mx.array([departed, state.filled, capacity, closed], mx.int32)
+        scores = [present(kept_score), recent_score, sinks, starts]
+        return [queries, *rows, *masses, *state.newest, *scores, counts, settings]
+
+    return arguments
 
 
 def tiles_of(groups: int) -> tuple[int, int]:
