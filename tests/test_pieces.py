@@ -238,6 +238,16 @@ def test_a_conversation_turn_by_turn(short):
         assert_same_state(a, b)
 
 
+def test_later_pieces_are_replayed_where_rows_are_codes(short):
+    """The oldest tokens are in the kept store then, and none is taken from the codes of the recent one."""
+    dim = 32
+    made = cache(40, ZeroMerge(kv_bits=8, kv_group_size=dim), mx.eye(dim))
+    give(made, *tokens(5, 90, dim=dim), 30)
+    assert made.layer.departed >= 4 and made.layer.closed
+    made.finish_prompt()
+    assert mx.all(made.layer.reading.recent[:, :, : made.layer.filled] > 0)
+
+
 def test_an_announced_turn_ends_a_piece_and_is_exact(short):
     q, k, v = tokens(5, 90)
     made = cache(20)

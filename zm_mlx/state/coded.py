@@ -145,6 +145,8 @@ class Coded(NamedTuple):
         )
 
     def _numbers(self, codes: Codes) -> mx.array:
+        if not codes.codes.size:  # of which mlx makes no numbers
+            return mx.zeros((*codes.scales.shape[:-1], codes.scales.shape[-1] * self.coding.group))
         words, scales, biases = _wide(codes)
         return mx.dequantize(words, scales, biases, group_size=self.coding.group, bits=self.coding.bits)
 
