@@ -19,11 +19,12 @@ from zm_mlx.calibration.finding import BESIDE
 from zm_mlx.calibration.fingerprint import lineage
 from zm_mlx.calibration.table import Table
 from zm_mlx.errors import UserError
-from zm_mlx.host import ranks
+from zm_mlx.host import part, ranks
 from zm_mlx.host.part import Part
 from zm_mlx.policies import Policy
 from zm_mlx.serving.job import Job, Prompt
 from zm_mlx.serving.orders import Orders
+from zm_mlx.state.layout import LayerShape
 
 WORDS = "a boat on the water, and the people in it; " * 24
 HEADS = ((1.5, 0.5), (0.7, 1.3))  # shares of two layers with two KV heads
@@ -92,7 +93,7 @@ def test_where_one_machine_has_too_little_memory_all_ranks_refuse_with_one_line(
     assert err.count("exited with code") == 2 and "exited with code 0" not in err
 
 
-@pytest.mark.parametrize("when", ["killed-in-prefill", "killed-in-decode"])
+@pytest.mark.parametrize("when", [pytest.param("killed-in-prefill", marks=pytest.mark.exhaustive), "killed-in-decode"])
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path, when, llama, prompt):
     out, err = launching.run(tmp_path, launching.TROUBLED, when, "1", "zm_mlx.generate", "--model", llama, *prompt)
     assert "zm_mlx.generate: rank 0: error: " in err
@@ -129,6 +130,18 @@ def test_an_error_of_all_ranks_is_known_again_in_what_is_made_of_it():
 def test_a_part_has_its_own_layers_and_heads_of_a_layout(first, heads, rows):
     whole = [Policy().layout(layer, 4) for layer in ((59, 58, 57, 56), (53, 52, 55, 54))]
     assert [layout.rows for layout in Part(1, 2, "name", (), first, heads).of(whole)] == rows
+
+
+def test_heads_that_ranks_cannot_share_are_refused_with_what_works(monkeypatch):
+    shape = LayerShape(6, 16, 16, 4)
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    for here in (LayerShape(1, 24, 24, 4), LayerShape(2, 12, 12, 4)):  # 6 x 16 numbers, read as other heads
+        with pytest.raises(ValueError, match="cut through"):
+            part._require_heads([shape], [here])
+    for layers, more in ((None, ""), (lambda group: None, " or --pipeline, which splits layers")):
+        model = SimpleNamespace(model=SimpleNamespace(**({"pipeline": layers} if layers else {})))
+        words = part._remedy(model, "--model x", "heads", [shape], ValueError("cut through"))
+        assert words == f"--model x: its 6 KV heads cannot be shared evenly by 4 ranks: mlx.launch -n 2 or 3 or 6{more}"
 
 
 def test_a_layer_whose_heads_are_not_split_stays_whole_on_each_rank():
