@@ -4,6 +4,7 @@ import copy
 
 import mlx.core as mx
 import mlx.nn as nn
+import model_configs
 import numpy as np
 import pytest
 from architectures import OTHERS, VOCAB, build
@@ -13,6 +14,8 @@ from test_attention import head_of
 from tiny import f64, feed, held, prompt
 
 import zm_mlx
+from zm_mlx.evaluation.recording import Recorder
+from zm_mlx.host.hook import replace_caches
 from zm_mlx.host.latent import is_latent
 from zm_mlx.host.model_caches import zero_merge
 from zm_mlx.ops.plain import attention, half, uncompressed
@@ -138,6 +141,22 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone(name):
         assert difference(found[i : i + 1, : expected.shape[1]], expected) < TOLERANCE
 
 
+def test_quantised_projections_of_latent_rows_have_equal_logits(monkeypatch):
+    sizes = {
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "moe_intermediate_size": 64,
+    }
+    monkeypatch.setitem(model_configs.OVERRIDES, "deepseek_v3", {**sizes, "intermediate_size": 64})
+    model, tokens = model_configs.architecture("deepseek_v3"), prompt(30, vocab=VOCAB)
+    nn.quantize(model, 32, 4)
+    assert type(model.layers[0].self_attn.embed_q).__name__ == "QuantizedMultiLinear"
+    found = feed(model, zm_mlx.make_prompt_cache(model, 64), tokens, 7)
+    assert difference(found, feed(model, make_prompt_cache(model), tokens, 7)) < TOLERANCE
+
+
 def test_a_module_keeps_its_own_attention_with_other_caches():
     model, tokens = build("gemma2"), prompt(9, vocab=VOCAB)
     expected = feed(model, make_prompt_cache(model), tokens)
@@ -186,3 +205,11 @@ def test_a_prompt_that_is_saved_in_its_middle_keeps_its_cap():
     again = [zm_mlx.ZeroMergeCache.from_state(c.state) for c in caches]
     assert again[0].phase.cap == caches[0].phase.cap == model.model.layers[0].self_attn.attn_logit_softcapping
     assert difference(feed(model, again, tokens[:, 30:]), feed(model, caches, tokens[:, 30:])) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "gemma4_text", "gemma3n"])
+def test_the_evaluation_records_a_prompt_without_changing_its_logits(name):
+    model, tokens = build(name), prompt(40, vocab=VOCAB)
+    heads = [s.heads for s in zm_mlx.plan_cache(model, 64).shapes]
+    caches = replace_caches(make_prompt_cache(model), lambda i: Recorder(heads[i], 40))
+    assert difference(feed(model, caches, tokens, 16), feed(model, make_prompt_cache(model), tokens, 16)) < TOLERANCE

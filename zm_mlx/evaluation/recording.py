@@ -62,6 +62,9 @@ class Whole(Guest):
         self.layer = (self.layer or State.empty(self.layout, new, self.length)).appended(new)
         return keys, values
 
+    def attend_again(self, queries: mx.array, scale: float) -> mx.array:
+        return uncompressed.attend(Call(queries, scale), self.whole())
+
     def whole(self) -> State:
         """The state, all of whose rows are recent ones.
 

@@ -58,8 +58,12 @@ class Window(Guest):
         query = mx.arange(old, self.seen)[:, None]
         near = position > query - (self.most - ROTATING_KEEP)
         mask = (position <= query) & (near | (position < ROTATING_KEEP))
-        self.rows = self._cut(rows)
+        self.rows, self.used = self._cut(rows), (rows, mask)
         return mx.fast.scaled_dot_product_attention(queries, *rows, scale=scale, mask=mask, sinks=sinks)
+
+    def attend_again(self, queries: mx.array, scale: float) -> mx.array:
+        rows, mask = self.used
+        return mx.fast.scaled_dot_product_attention(queries, *rows, scale=scale, mask=mask)
 
     def _cut(self, rows: Dense) -> Dense:
         """The first tokens and the newest ones."""

@@ -20,7 +20,8 @@ from .cache import ZeroMergeCache
 
 def is_latent(module: nn.Module) -> bool:
     """Whether a module is mlx-lm's latent attention over all tokens, without an index that chooses some."""
-    return "embed_q" in module and "unembed_out" in module and "indexer" not in module
+    projections = [type(module.get(name)).__module__ for name in ("embed_q", "unembed_out")]
+    return projections == ["mlx_lm.models.mla"] * 2 and "indexer" not in module
 
 
 class Latent:
