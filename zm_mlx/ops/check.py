@@ -150,13 +150,13 @@ def random_state(case: Case, layout: Layout, key: mx.array) -> State:
 def with_codes(state: State, layout: Layout, coding: Coding) -> State:
     """A state of numbers, all merged, with the rows as codes that its last compaction passed."""
     held, recent = numbers_of(state.kept.rows), numbers_of(state.recent)
-    first = mx.array([start + r for start in layout.starts[:-1] for r in range(layout.residual)])
-    residual = held.map(lambda x: x[:, first].reshape(x.shape[0], layout.heads, layout.residual, -1))
+    first = mx.array([start + r for start in layout.starts[:-1] for r in range(layout.residual)], mx.int32)
+    residual = held.map(lambda x: x[:, first].reshape(x.shape[0], layout.heads, layout.residual, x.shape[-1]))
     closed = state.filled - state.since_compaction
     coded = Coded.of(recent.cut(0, closed), coding)
     return state._replace(
         kept=state.kept._replace(rows=Held(residual, Coded.of(held, coding))),
-        recent=Mixed(recent.cut(closed, state.recent_rows), coded, True),
+        recent=Mixed(recent.cut(closed, state.recent_rows).map(mx.contiguous), coded, True),
     )
 
 

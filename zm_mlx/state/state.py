@@ -293,7 +293,9 @@ class State(NamedTuple):
             closed = recent.edge
             begin, end, room = max(0, leaving - closed), self.filled - closed, rows - max(0, closed - leaving)
             numbers = recent.numbers.map(lambda x: moved(x, begin, end, room))
-            recent = Mixed(numbers, recent.coded.cut(leaving, closed) if leaving else recent.coded, True)
+            # Contiguous, or each launch of a kernel would copy what is left.
+            coded = recent.coded.cut(leaving, closed).map(mx.contiguous) if leaving else recent.coded
+            recent = Mixed(numbers, coded, True)
         else:
             recent = recent.map(moved)
         return self._replace(

@@ -56,7 +56,8 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
     heads, dtype, value_dim = layout.heads, call.queries.dtype, state.recent.value_dim
     groups, capacity = query_heads // heads, max(g.rows for g in layout.groups) + state.recent_rows
     tiles, tile = tiles_of(groups)
-    splits, split_rows = splits_of(batch * heads * tiles, tile, capacity)
+    width = 16 if layout.coding is None else layout.coding.bits
+    splits, split_rows = splits_of(batch * heads * tiles, tile, capacity, width)
     split, has_kept = splits * tiles > 1, layout.starts[-1] > 0
     # Arrays without elements cannot be inputs; the kernels do not look at what stands in for them.
     sinks = mx.zeros((1,)) if call.sinks is None else call.sinks.astype(mx.float32)
@@ -142,14 +143,14 @@ def tiles_of(groups: int) -> tuple[int, int]:
     return tiles, -(-groups // tiles)
 
 
-def splits_of(threadgroups: int, tile: int, capacity: int) -> tuple[int, int]:
+def splits_of(threadgroups: int, tile: int, capacity: int, width: int = 16) -> tuple[int, int]:
     """Splits of up to ``capacity`` rows, and the rows (a power of two) that one has room for.
 
     From shapes alone, so that a kernel is built once. A split has at least 256 rows, or 48 for each
-    head of the tile (its partial outputs then stay below a tenth of its rows' bytes), and at most
-    those whose logits fit into threadgroup memory.
+    head of the tile where numbers have a ``width`` of 16 bits (its partial outputs then stay below a
+    tenth of its rows' bytes), and at most those whose logits fit into threadgroup memory.
     """
     fit = min(1024, LOGITS // (1 << (tile - 1).bit_length()))
     wanted = 1 if threadgroups >= BUSY else WANTED // threadgroups
-    splits = max(1, -(-capacity // fit), min(wanted, capacity // max(256, 48 * tile)))
+    splits = max(1, -(-capacity // fit), min(wanted, capacity // max(256, 48 * tile * 16 // width)))
     return splits, max(SIMD, 1 << (-(-capacity // splits) - 1).bit_length())
