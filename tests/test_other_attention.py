@@ -19,6 +19,7 @@ from zm_mlx.host.hook import replace_caches
 from zm_mlx.host.latent import is_latent
 from zm_mlx.host.model_caches import zero_merge
 from zm_mlx.ops.plain import attention, half, uncompressed
+from zm_mlx.ops.remembering import Remembering
 from zm_mlx.policies import Policy
 from zm_mlx.state.layout import Layout
 from zm_mlx.state.state import Call
@@ -139,6 +140,17 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone(name):
         c.finalize()
     for i, expected in enumerate(alone):
         assert difference(found[i : i + 1, : expected.shape[1]], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n"])
+def test_nothing_is_kept_for_later_layers_once_they_have_asked(name):
+    """What a compaction replaced would stay in memory, in copies of the cache too."""
+    model, tokens = build(name), prompt(PROMPT + 9, vocab=VOCAB)
+    caches = zm_mlx.make_prompt_cache(model, ROWS)
+    for size, part in ((32, tokens[:, :PROMPT]), (1, tokens[:, PROMPT:])):
+        feed(model, caches, part, size)
+        remembering = [c.operations for c in zero_merge(caches) if isinstance(c.operations, Remembering)]
+        assert remembering and not any(x.heard or x.before for x in remembering)
 
 
 def test_quantised_projections_of_latent_rows_have_equal_logits(monkeypatch):

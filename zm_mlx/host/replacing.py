@@ -45,16 +45,18 @@ def _gemma3n(original: Original, given: Arguments) -> Any:
     layer, cache = given["self"], given["cache"]
     if layer.is_kv_shared_layer:
         return original(**{**given, "cache": Later(cache)})
-    return original(**{**given, "cache": Owner(cache)} if hasattr(layer, OWNER) else given)
+    later = getattr(layer, OWNER, 0)
+    return original(**{**given, "cache": Owner(cache, later)} if later else given)
 
 
 def _gemma4(original: Original, given: Arguments) -> Any:
-    cache, lent = given.get("cache"), given.get("shared_kv")
+    lent = given.get("shared_kv")
     if isinstance(lent, Lent):
         return original(**{**given, "cache": Later(lent.cache)})
-    if cache is None or not hasattr(given["self"], OWNER):
+    cache, later = given["cache"], getattr(given["self"], OWNER, 0)
+    if not later:
         return original(**given)
-    out, rows, offset = original(**{**given, "cache": Owner(cache)})
+    out, rows, offset = original(**{**given, "cache": Owner(cache, later)})
     return out, Lent.of(rows, cache), offset
 
 

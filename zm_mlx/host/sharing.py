@@ -3,6 +3,7 @@
 The attention of later layers counts for nothing in what a cache keeps: it comes after the compaction.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -16,23 +17,23 @@ from .batch import ZeroMergeBatch, padded
 from .cache import ZeroMergeCache
 
 SOURCES = ("previous_kvs", "layer_idx_to_cache_idx")  # of a model: for each layer that whose cache it uses
-OWNER = "_keeps_for_later_layers"
+OWNER = "_later_layers"
 
 
 def mark_owners(model: nn.Module) -> None:
-    """Mark the attention of layers whose keys and values others use."""
+    """Mark the attention of layers whose keys and values others use, by the number of these."""
     for module in model.modules():
         for source in SOURCES:
-            for layer, used in enumerate(module.get(source) or ()):
-                if layer != used:
-                    setattr(module["layers"][used].self_attn, OWNER, True)
+            used = Counter(by for layer, by in enumerate(module.get(source) or ()) if layer != by)
+            for layer, count in used.items():
+                setattr(module["layers"][layer].self_attn, OWNER, count)
 
 
 class Owner:
-    """The cache of one call of a layer whose keys and values are used by later ones."""
+    """The cache of one call of a layer whose keys and values are used by so many later ones."""
 
-    def __init__(self, cache: ZeroMergeCache | ZeroMergeBatch) -> None:
-        self.cache = cache
+    def __init__(self, cache: ZeroMergeCache | ZeroMergeBatch, later: int) -> None:
+        self.cache, self.later = cache, later
 
     @property
     def offset(self) -> int | mx.array:
@@ -49,7 +50,7 @@ class Owner:
         for row in cache.rows if isinstance(cache, ZeroMergeBatch) else [cache]:
             if row.rereading:
                 raise UnsupportedModelError("prompts of a model whose layers share keys and values are not read twice")
-            row.operations = Remembering.of(row.operations, row.layer)
+            row.operations = Remembering.of(row.operations, row.layer, self.later)
         return cache.attend(queries, keys, values, scale)
 
 

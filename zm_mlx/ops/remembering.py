@@ -1,7 +1,7 @@
 """Operations of a cache whose rows a later layer uses, too: they remember what a call's attention used.
 
 The cache may have compacted by the time that the later layer asks. So the states that its own attention used are kept
-until its next call, block by block, and the later queries go over the same.
+until the last later layer has asked, block by block, and the later queries go over the same.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,15 +16,21 @@ from .choose import Operations
 
 @dataclass(frozen=True)
 class Remembering(Operations):
-    """Operations that remember which states a call's attention used, by the lengths of its blocks."""
+    """Operations that remember which states a call's attention used, by the lengths of its blocks.
 
-    before: State | None = field(default=None, compare=False)  # the call
+    Args:
+        before: the state that the call found, until they are forgotten.
+        asking: later layers that have not asked yet.
+    """
+
+    before: list[State] = field(default_factory=list, compare=False)
     heard: list[tuple[int, State]] = field(default_factory=list, compare=False)
+    asking: list[None] = field(default_factory=list, compare=False)
 
     @classmethod
-    def of(cls, operations: Operations, before: State | None) -> "Remembering":
+    def of(cls, operations: Operations, before: State | None, layers: int) -> "Remembering":
         own = {f.name: getattr(operations, f.name) for f in fields(Operations)}
-        return cls(**own, before=before)
+        return cls(**own, before=[] if before is None else [before], asking=[None] * layers)
 
     def attend(self, call: Call, state: State) -> tuple[mx.array, Scores]:
         self.heard.append((call.length, state))
@@ -40,9 +46,14 @@ class Remembering(Operations):
 
     def blocks(self) -> list[tuple[int, State]]:
         """What was heard; nothing was if the call's one token took what an earlier one had bound."""
-        if self.heard or self.before is None:
-            return self.heard
-        return [(1, self.before._replace(filled=self.before.filled + 1))]
+        return self.heard or [(1, x._replace(filled=x.filled + 1)) for x in self.before]
+
+    def asked(self) -> None:
+        """Forget the states once no later layer will ask for them: they hold memory."""
+        self.asking.pop()
+        if not self.asking:
+            self.heard.clear()
+            self.before.clear()
 
 
 def plain(operations: Operations) -> Operations:
@@ -52,7 +63,7 @@ def plain(operations: Operations) -> Operations:
 
 def again(operations: Operations, queries: mx.array, scale: float) -> mx.array:
     """Attention of queries [B, H * G, L, D], in the order of storage, over what those of the last call saw."""
-    if not isinstance(operations, Remembering):
+    if not isinstance(operations, Remembering) or not operations.asking:
         raise UnsupportedModelError("a layer uses the keys and values of another one, which kept none for it")
     outputs: list[mx.array] = []
     begin, once = 0, plain(operations)
@@ -60,6 +71,7 @@ def again(operations: Operations, queries: mx.array, scale: float) -> mx.array:
         block = queries[:, :, begin : begin + length]
         outputs.append(once.attend_whole(Call(after(block, *outputs[-1:]), scale), state))
         begin += length
+    operations.asked()
     if begin != queries.shape[2]:
         raise UnsupportedModelError(f"{queries.shape[2]} queries come after {begin} of the layer that they belong to")
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
