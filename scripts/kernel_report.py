@@ -6,9 +6,9 @@
 Device bytes read and written per kernel, the fewest that the operation needs, their ratio, unique
 128-byte lines a simdgroup touches between two synchronisations, barriers, and threadgroup memory a
 threadgroup. Counts, not times: they are the same on every machine, and Apple hardware has not been
-timed. Targets: attend 1.10 (the logits of split rows, at most 8 bytes a row and query head, are
-shown apart), merge 1.2, compact 1.2 while decoding, score 1.5 of one read of the keys per tile of
-32 queries, attend_chunk one read of the visible rows per tile of 32 queries.
+timed. Targets: attend 1.10, also of codes of 8 and 4 bits (the logits of split rows, at most 8 bytes
+a row and query head, are shown apart), merge 1.2, compact 1.2 while decoding, score 1.5 of one read
+of the keys per tile of 32 queries, attend_chunk one read of the visible rows per tile of 32 queries.
 """
 
 import argparse
@@ -27,12 +27,14 @@ import metal_host
 from zm_mlx.ops import check
 from zm_mlx.ops.kernels._common import TILE, kernel
 from zm_mlx.policies import Policy
+from zm_mlx.state.coding import Coding
 from zm_mlx.state.layout import Layout
 from zm_mlx.state.state import Call
 
 QUERY_TILE = 32
 CHUNK = 64  # queries of the prefill kernels; heads are cut to CHUNK_HEADS there, bytes grow with them
 CHUNK_HEADS = 2
+CODINGS = (Coding(8, 64), Coding(4, 64))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Shape:
     @property
     def layout(self) -> Layout:
         return Policy().layout(self.rows, self.heads)
+
+    def coded(self, coding: Coding) -> Layout:
+        return Policy(kv_bits=coding.bits, kv_group_size=coding.group).layout(self.rows, self.heads)
 
 
 SHAPES = (
@@ -100,11 +105,13 @@ def line(name: str, shape: Shape, launches: list[Any], least: int, scratch: int 
     )
 
 
-def traced(name: str, shape: Shape, length: int = 1) -> list[Any]:
+def traced(name: str, shape: Shape, length: int = 1, coding: Coding | None = None) -> list[Any]:
     """The launches of a kernel over full stores, for queries of ``length`` new tokens."""
     case = check.Case(mx.float16, shape.dim, shape.dim, shape.groups, heads=shape.heads, batch=1)
-    layout = shape.layout
+    layout = shape.layout if coding is None else shape.coded(coding)
     state = check.random_state(case, layout, mx.random.key(0))._replace(filled=layout.recent)
+    if coding is not None:
+        state = check.with_codes(state._replace(since_compaction=layout.staging), layout, coding)
     queries = mx.random.normal((1, shape.heads * shape.groups, length, shape.dim)).astype(mx.float16)
     given = check.Problem(Call(queries, shape.dim**-0.5), state, layout, Policy(), state.scores)
     mx.eval(queries, state)
@@ -122,6 +129,18 @@ def attend(shape: Shape) -> Line:
     least = tiles * (rows * 4 * shape.dim + weights) + 8 * rows + own
     split = len(launches) > 1
     return line("attend", shape, launches, least, 8 * shape.groups * rows if split else 0)
+
+
+def attend_codes(shape: Shape, coding: Coding) -> Line:
+    """``attend`` over a store whose rows are codes, but for the residual and the staged ones."""
+    launches = traced("attend", shape, coding=coding)
+    layout, tiles = shape.coded(coding), -(-shape.groups // TILE)
+    rows, numbers = shape.heads * shape.rows, shape.heads * (layout.residual + layout.staging)
+    own = 2 * 2 * shape.heads * shape.groups * shape.dim
+    stored = (rows - numbers) * 2 * coding.nbytes(shape.dim, 2) + numbers * 4 * shape.dim
+    least = tiles * (stored + layout.starts[-1] * 4) + 8 * rows + own
+    split = len(launches) > 1
+    return line(f"attend {coding.bits}b", shape, launches, least, 8 * shape.groups * rows if split else 0)
 
 
 def attend_chunk(shape: Shape) -> Line:
@@ -169,7 +188,7 @@ def main() -> None:
         kernel.cache_clear()
         for shape in (s for s in SHAPES if s.rows <= args.max_rows):
             few = Shape(shape.name, min(shape.heads, CHUNK_HEADS), shape.groups, shape.dim, shape.rows)
-            lines = [attend(shape), *compaction(shape)]
+            lines = [attend(shape), *(attend_codes(shape, x) for x in CODINGS), *compaction(shape)]
             if shape.rows <= 2048:
                 lines += [attend_chunk(few), score(few)]
             found += lines

@@ -142,9 +142,11 @@ def random_state(case: Case, layout: Layout, key: mx.array) -> State:
         reading=Scores.none_like(scores),
         departed=kept[1] + 100,
         filled=layout.recent - 1,
-        since_compaction=layout.staging - 1,
+        since_compaction=0,
     )
-    return state if case.coding is None else with_codes(state, layout, case.coding)
+    if case.coding is None:
+        return state
+    return with_codes(state._replace(since_compaction=layout.staging - 1), layout, case.coding)
 
 
 def with_codes(state: State, layout: Layout, coding: Coding) -> State:

@@ -24,9 +24,9 @@ class Coding:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise CodingError(f"kv_bits must be one of {_listed(BITS)}, not {self.bits!r}")
+            raise CodingError(f"kv_bits must be {_listed(BITS)}, not {self.bits!r}")
         if self.group not in GROUPS:
-            raise CodingError(f"kv_group_size must be one of {_listed(GROUPS)}, not {self.group!r}")
+            raise CodingError(f"kv_group_size must be {_listed(GROUPS)}, not {self.group!r}")
 
     @classmethod
     def fitting(cls, bits: int, group: int | None, dims: Sequence[int]) -> "Coding":
