@@ -32,6 +32,7 @@ class Rules:
         distance: tokens between a query and the victims that it is fitted to.
         sinks: [H, G] or none.
         rounding: of merged rows.
+        coded: what is left of keys and values [n, .] when a compaction passes them; ``None``: all.
     """
 
     residual: int
@@ -52,6 +53,7 @@ class Rules:
     distance: int = 64
     sinks: np.ndarray | None = None
     rounding: Callable[[np.ndarray], np.ndarray] = np.asarray
+    coded: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def capacity(self) -> int:
@@ -69,6 +71,7 @@ class Row:
     score: float = 0.0
     reading: float = 0.0
     sums: tuple[np.ndarray, np.ndarray, float] | None = None
+    coded: bool = False
 
     @property
     def spread(self) -> float:
@@ -108,7 +111,7 @@ class Layer:
         self.rules = rules
         self.heads = [Head() for _ in rules.context]
         self.tokens: list[tuple[np.ndarray, np.ndarray]] = []  # all keys [H, D] and values [H, Dv] that came
-        self.seen = self.departed = 0
+        self.seen = self.departed = self.closed = 0
         self.staged = -rules.capacity % rules.staging
         self.prompt: Prompt | None = None
         self.unsure = False
@@ -250,24 +253,38 @@ class Layer:
     def _compact(self, staged: int, prompt: Prompt | None = None) -> None:
         """All but the newest P tokens and those that stay staged leave the recent store."""
         rules = self.rules
-        self.staged = staged
+        self.staged, self.closed = staged, self.seen - staged
         leaving = max(0, self.seen - self.departed - rules.proximity - staged)
         before, self.departed = self.departed, self.departed + leaving
-        if not leaving:
-            return
-        self.compactions += 1
+        self.compactions += leaving > 0
         for h, (head, context) in enumerate(zip(self.heads, rules.context, strict=True)):
-            if self.departed <= rules.residual + context:
-                continue
-            pool = [r for r in head.raw if r.position < self.departed]
-            chosen = self._choose(pool, context)
-            victims = [r for i, r in enumerate(pool) if i not in chosen]
-            head.raw = [pool[i] for i in sorted(chosen)] + head.raw[len(pool) :]
-            fresh = before <= rules.residual + context
-            if rules.fits:
-                self._drop(h, victims, fresh, prompt)
-            elif rules.residual:
-                self._merge(head, victims, fresh)
+            if leaving and self.departed > rules.residual + context:
+                self._compress(h, before <= rules.residual + context, prompt)
+            head.raw = self.passed(head.raw)
+
+    def _compress(self, h: int, fresh: bool, prompt: Prompt | None) -> None:
+        """Of one head's tokens that left the recent store the most important ones stay."""
+        rules, head = self.rules, self.heads[h]
+        pool = [r for r in head.raw if r.position < self.departed]
+        chosen = self._choose(pool, rules.context[h])
+        victims = [r for i, r in enumerate(pool) if i not in chosen]
+        head.raw = [pool[i] for i in sorted(chosen)] + head.raw[len(pool) :]
+        if rules.fits:
+            self._drop(h, victims, fresh, prompt)
+        elif rules.residual:
+            self._merge(head, self.passed(victims), fresh)
+
+    def passed(self, rows: list[Row]) -> list[Row]:
+        """Rows as a compaction leaves them: all but the staged ones are rounded to codes, once."""
+        code, stop = self.rules.coded, self.closed
+        new = [r for r in rows if code is not None and not r.coded and r.position < stop]
+        if code is not None and new:
+            keys, values = (code(np.array(x)) for x in ([r.key for r in new], [r.value for r in new]))
+            found = {
+                r.position: replace(r, key=k, value=v, coded=True) for r, k, v in zip(new, keys, values, strict=True)
+            }
+            return [found.get(r.position, r) for r in rows]
+        return rows
 
     def _choose(self, pool: list[Row], count: int) -> set[int]:
         worth, _ = self._worth(pool, 0)

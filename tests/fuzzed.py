@@ -15,9 +15,8 @@ from zm_mlx.policies import Paper, Policy, ZeroMerge
 from zm_mlx.policies.streaming_llm import StreamingLLM
 
 PIECE, FEWEST, DISTANCE = 24, 9, 5  # in place of 512, 128 and 64
-DIM, VALUE_DIM = 8, 6
-SCALE = DIM**-0.5
-TURN = np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, DIM)))[0].astype(np.float32)
+GROUP = 32  # numbers that share a scale, where rows become codes
+TURNS = {n: np.linalg.qr(np.random.default_rng(n).standard_normal((n, n)))[0].astype(np.float32) for n in (8, GROUP)}
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3}
 COUNTS: Counter = Counter()
 
@@ -38,11 +37,34 @@ class Shape:
     heads: int
     groups: int
     dtype: mx.Dtype
-    sinks: mx.array | None
+    sinks: mx.array | None = None
+    dim: int = 8
+    value_dim: int = 6
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.dim + self.value_dim) * self.dtype.size
+
+    def coded_bytes(self, bits: int) -> int:
+        """Of a row: codes, and a scale and a bias for each group."""
+        return (self.dim + self.value_dim) * bits // 8 + 2 * self.dtype.size * (self.dim + self.value_dim) // GROUP
+
+    def coded(self, bits: int):
+        """What is left of rows [n, .]."""
+
+        def left(x: np.ndarray) -> np.ndarray:
+            codes, *shared = mx.quantize(mx.array(x.astype(np.float32)).astype(self.dtype), GROUP, bits)
+            return f64(mx.dequantize(codes, *(y.astype(mx.float32) for y in shared), group_size=GROUP, bits=bits))
+
+        return left
 
     def tokens(self, seed: int, length: int):
         """Queries, keys and values as a model brings them."""
-        made = tiny.tokens(seed, length, heads=self.heads, groups=self.groups, dim=DIM, value_dim=VALUE_DIM)
+        made = tiny.tokens(seed, length, heads=self.heads, groups=self.groups, dim=self.dim, value_dim=self.value_dim)
         return tuple(x.astype(self.dtype) for x in made)
 
 
@@ -61,8 +83,10 @@ class Subject:
 
 
 def subject(shape: Shape, policy: Policy, rows, turned: bool) -> Subject:
-    turn = mx.array(TURN) if turned else None
-    cache = ZeroMergeCache(policy.layout(rows, shape.heads), policy=policy, turn=turn)
+    turn = TURNS[shape.dim] if turned else None
+    cache = ZeroMergeCache(
+        policy.layout(rows, shape.heads), policy=policy, turn=None if turn is None else mx.array(turn)
+    )
     layout = cache.layout
     assert layout.rows == (tuple(rows) if isinstance(rows, list) else (rows,) * shape.heads)
     by = "age" if isinstance(policy, StreamingLLM) else "union" if policy.score == "replay" else "attention"
@@ -71,20 +95,21 @@ def subject(shape: Shape, policy: Policy, rows, turned: bool) -> Subject:
         layout.context,
         layout.proximity,
         layout.staging,
-        SCALE,
+        shape.scale,
         alpha=policy.alpha,
         kappa=policy.kappa,
         decay=policy.decay,
         pool=policy.pool,
         by=by,
         fits=isinstance(policy, ZeroMerge),
-        turn=TURN.astype(np.float64) if turned and policy.score == "replay" else None,
+        turn=turn.astype(np.float64) if turn is not None and policy.score == "replay" else None,
         piece=PIECE,
         window=1 if by == "age" else None if policy.decay == 1 else PIECE,
         fewest=FEWEST,
         distance=DISTANCE,
         sinks=None if shape.sinks is None else f64(shape.sinks).reshape(shape.heads, -1),
         rounding=tiny.rounding(shape.dtype),
+        coded=None if policy.kv_bits is None else shape.coded(policy.kv_bits),
     )
     return Subject(cache, fuzz_model.Layer(rules))
 
@@ -109,14 +134,17 @@ def rows_of(cache: ZeroMergeCache, arrays: dict[str, np.ndarray], h: int) -> dic
 
 def arrays_of(cache: ZeroMergeCache) -> dict[str, np.ndarray]:
     state = cache.layer
+    kept = [state.kept.of(g, state.departed).rows.dense() for g in cache.layout.groups]
+    keys, values = (mx.concatenate([y.flatten(1, 2) for y in x], axis=1) for x in zip(*kept, strict=True))
+    recent = state.recent.dense()
     found = {
-        "keys": state.kept.rows.keys,
-        "values": state.kept.rows.values,
+        "keys": keys,
+        "values": values,
         "weight": state.kept.weight,
         "position": state.kept.position,
         "score": state.scores.kept,
-        "recent keys": state.recent.keys,
-        "recent values": state.recent.values,
+        "recent keys": recent.keys,
+        "recent values": recent.values,
         "recent score": state.scores.recent,
         "key sums": state.residuals.key_sum,
         "value sums": state.residuals.value_sum,
@@ -124,7 +152,9 @@ def arrays_of(cache: ZeroMergeCache) -> dict[str, np.ndarray]:
     }
     if state.reads:
         found |= {"reading": state.reading.kept, "recent reading": state.reading.recent}
-    return {name: f64(x)[0] for name, x in found.items()}
+    found = {name: x.astype(mx.float32) for name, x in found.items()}
+    mx.eval(found)  # all at once
+    return {name: np.array(x)[0].astype(np.float64) for name, x in found.items()}
 
 
 def check(found: Subject, shape: Shape) -> None:
@@ -161,18 +191,26 @@ def check(found: Subject, shape: Shape) -> None:
 
 def check_bytes(found: Subject, shape: Shape) -> None:
     cache, model = found.cache, found.model
-    rules, size = model.rules, shape.dtype.size
-    numbers = 4 * (2 if cache.layer.reads else 1)  # score, reading
-    row = (DIM + VALUE_DIM) * size + numbers
+    rules, bits, prompt = model.rules, cache.policy.kv_bits, model.prompt
+    scores = 4 * (2 if cache.layer.reads else 1)  # by attention, by reading
+    row = passed = shape.row_bytes
+    if bits is not None:
+        passed = shape.coded_bytes(bits)
+    # Codes take room as they come; what a compaction has not passed, none of them.
+    closed = (
+        rules.proximity if bits is None else sum(r.coded for r in model.heads[0].raw if r.position >= model.departed)
+    )
     kept = shape.heads * rules.residual + sum(rules.context)
-    budget = kept * (row + 8) + shape.heads * (rules.proximity + rules.staging) * row
-    budget += shape.heads * rules.residual * 4 * (DIM + VALUE_DIM + 2)
-    if model.prompt is None:
+    budget = kept * (passed + 8 + scores) + shape.heads * (rules.staging * (row + scores) + closed * (passed + scores))
+    budget += shape.heads * rules.residual * 4 * (shape.dim + shape.value_dim + 2)
+    if bits is not None:
+        budget += shape.heads * rules.residual * row  # which are no codes
+    if prompt is None:
         assert cache.nbytes == budget
     elif model.seen:
-        queries = shape.heads * shape.groups * DIM * size * min(PIECE, max(1, len(model.prompt.queries)))
+        queries = shape.heads * shape.groups * shape.dim * shape.dtype.size * min(PIECE, max(1, len(prompt.queries)))
         sinks = 0 if shape.sinks is None else shape.sinks.nbytes
-        assert budget <= cache.nbytes <= budget + model.prompt.length * shape.heads * row + queries + sinks
+        assert cache.nbytes <= budget + prompt.length * shape.heads * (row + scores) + queries + sinks
 
 
 def check_rows(rows: dict[str, np.ndarray], head: fuzz_model.Head, found: Subject, shape: Shape) -> None:
@@ -230,10 +268,11 @@ def adopt(found: Subject, rows, arrays) -> None:
         made = [fuzz_model.Row(k, v, int(p), *map(float, more)) for k, v, p, *more in zip(*columns, strict=True)]
         merged, raw = [r for r in made if r.position < 0], [r for r in made if r.position >= 0]
         assert (len(merged), len(raw)) == (len(head.merged), len(head.raw))
-        for r in raw:
-            key, value = model.tokens[r.position]
-            same(r.key, key[h], 0)
-            same(r.value, value[h], 0)
+        came = [fuzz_model.Row(*(x[h] for x in model.tokens[r.position]), r.position) for r in raw]
+        for i, (r, row) in enumerate(zip(raw, model.passed(came), strict=True)):
+            same(r.key, row.key, 0)
+            same(r.value, row.value, 0)
+            raw[i] = replace(r, coded=row.coded)
         if not model.rules.fits:
             sums = [arrays[f"{x} sums"][layout.order.index(h)] for x in ("key", "value", "square")]
             merged = [replace(r, sums=(k, v, float(n))) for r, k, v, n in zip(merged, *sums, strict=False)]
@@ -244,16 +283,17 @@ def identical(a: ZeroMergeCache, b: ZeroMergeCache) -> None:
     """Bit by bit."""
     one, other = ([x for x in c.state if x is not None] for c in (a, b))
     assert len(one) == len(other) and one[-1] == other[-1]
-    for x, y in zip(one[:-1], other[:-1], strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(f64(x), f64(y))
+    assert [x.dtype for x in one[:-1]] == [x.dtype for x in other[:-1]]
+    if one[:-1]:
+        equal = [mx.array_equal(x, y, equal_nan=True) for x, y in zip(one[:-1], other[:-1], strict=True)]
+        assert mx.stack(equal).all()
 
 
 def feed(cache, shape: Shape, taken) -> np.ndarray:
     """One call of attention: [B, Hq, L, Dv]."""
     q, k, v = taken
     keys, values = cache.update_and_fetch(k, v)
-    out = cache.attend(q, keys, values, SCALE, shape.sinks)
+    out = cache.attend(q, keys, values, shape.scale, shape.sinks)
     mx.eval(out)
     return f64(out)
 
