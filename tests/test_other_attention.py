@@ -34,7 +34,7 @@ def difference(found: mx.array, expected: mx.array) -> float:
 
 
 class Held:
-    """The rows that a ZeroMerge cache holds, for one token of mlx-lm's own attention."""
+    """The rows that a ZeroMerge cache holds, for one call of mlx-lm's own attention."""
 
     def __init__(self, cache: zm_mlx.ZeroMergeCache, latent: bool) -> None:
         heads = [held(cache, h) for h in range(cache.layout.heads)]
@@ -48,14 +48,15 @@ class Held:
 
     def update_and_fetch(self, *new: mx.array) -> tuple[mx.array, ...]:
         self.rows = tuple(mx.concatenate(pair, axis=2) for pair in zip(self.rows, new, strict=True))
-        self.offset += 1
+        self.offset += new[0].shape[2]
         return self.rows
 
     def keys_and_values(self) -> tuple[mx.array, ...]:
         return self.rows
 
-    def make_mask(self, length: int, **_: object) -> None:
-        assert length == 1
+    def make_mask(self, length: int, **_: object) -> mx.array | None:
+        columns = mx.arange(self.count + length)
+        return None if length == 1 else columns <= mx.arange(self.count, self.count + length)[:, None]
 
 
 def on_the_same_rows(model: nn.Module, caches: list) -> list:
@@ -99,17 +100,26 @@ def check_within_the_budget(name: str, size: int) -> None:
 
 
 def check_after_a_compaction(name: str) -> None:
-    """Decoding; a prompt's attention is decoding's, block by block."""
+    """Decoding, and a chunk of a prompt that follows: the next turn of a conversation."""
     model, tokens = build(name), prompt(PROMPT + STEPS, vocab=VOCAB)
     caches = zm_mlx.make_prompt_cache(model, ROWS)
     feed(model, caches, tokens[:, :PROMPT], 64)
     feed(model, caches, tokens[:, PROMPT : PROMPT + 1])  # ends the prompt
-    for t in range(PROMPT + 1, PROMPT + STEPS):
-        expected = model(tokens[:, t : t + 1], cache=on_the_same_rows(model, caches))
-        found = model(tokens[:, t : t + 1], cache=caches)
+
+    def step(new: mx.array) -> mx.array:
+        expected = model(new, cache=on_the_same_rows(model, caches))
+        found = model(new, cache=caches)
         assert difference(found, expected) < TOLERANCE
+        return found
+
+    last = [step(tokens[:, t : t + 1]) for t in range(PROMPT + 1, PROMPT + STEPS)][-1]
     assert all(c.size() <= ROWS < c.offset for c in zero_merge(caches))
-    assert difference(found, full(name, 64)[:, -1:]) > 10 * TOLERANCE, "nothing was compressed"
+    assert difference(last, full(name, 64)[:, -1:]) > 10 * TOLERANCE, "nothing was compressed"
+    # Where no piece of a prompt is held (the model's rotation is not known), a compaction may come within the chunk.
+    while any(c.layout.staging - c.layer.since_compaction < 4 for c in zero_merge(caches)):
+        step(tokens[:, :1])
+    if name not in ONE_BY_ONE:
+        step(prompt(4, seed=1, vocab=VOCAB))
 
 
 @pytest.mark.parametrize("prefill", ["streaming", "exact"])
