@@ -75,7 +75,7 @@ def stablelm(layer: Any, x: mx.array, cache: Ours) -> mx.array:
     return _joined(cache.attend(queries, *rows, queries.shape[3] ** -0.5), layer.o_proj)
 
 
-# By module of mlx_lm.models, class and method.
+# By file of mlx_lm.models, class and method.
 BY_METHOD: dict[tuple[str, str, str], Attention] = {
     ("gemma2", "Attention", "__call__"): gemma2,
     ("olmo", "TransformerBlock", "attend"): olmo,

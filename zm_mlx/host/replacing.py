@@ -14,7 +14,8 @@ from .own_attention import BY_METHOD, Attention
 from .sharing import OWNER, Later, Lent, Owner, mark_owners
 
 Original = Callable[..., Any]
-Arguments = dict[str, Any]  # of a method, by name
+Arguments = dict[str, Any]  # by name
+Replacement = Callable[[Original, Arguments], Any]
 _OURS = "_attention_of_zm_mlx"
 
 
@@ -25,16 +26,9 @@ def replace_attention(model: nn.Module) -> None:
         cls = type(module)
         if is_latent(module):
             _replace(cls, "__call__", _latent)
-        home, _, name = cls.__module__.rpartition(".")
-        if home != "mlx_lm.models":
-            continue
-        if (name, cls.__name__) == ("gemma4_text", "Attention"):
-            _replace(cls, "__call__", _gemma4)
-        if (name, cls.__name__) == ("gemma3n", "Gemma3nAttention"):
-            _replace(cls, "__call__", _gemma3n)
-        for (file, owner, method), attention in BY_METHOD.items():
-            if (file, owner) == (name, cls.__name__):
-                _replace(cls, method, _own(attention))
+        for (file, name, method), ours in BY_CLASS.items():
+            if (cls.__module__, cls.__name__) == (f"mlx_lm.models.{file}", name):
+                _replace(cls, method, ours)
 
 
 def _latent(original: Original, given: Arguments) -> Any:
@@ -60,7 +54,7 @@ def _gemma4(original: Original, given: Arguments) -> Any:
     return out, Lent.of(rows, cache), offset
 
 
-def _own(attention: Attention) -> Callable[[Original, Arguments], Any]:
+def _own(attention: Attention) -> Replacement:
     def call(original: Original, given: Arguments) -> Any:
         layer, x, *_ = given.values()
         return attention(layer, x, given["cache"])
@@ -68,7 +62,15 @@ def _own(attention: Attention) -> Callable[[Original, Arguments], Any]:
     return call
 
 
-def _replace(cls: type, method: str, ours: Callable[[Original, Arguments], Any]) -> None:
+# By file of mlx_lm.models, class and method.
+BY_CLASS: dict[tuple[str, str, str], Replacement] = {
+    ("gemma3n", "Gemma3nAttention", "__call__"): _gemma3n,
+    ("gemma4_text", "Attention", "__call__"): _gemma4,
+    **{key: _own(attention) for key, attention in BY_METHOD.items()},
+}
+
+
+def _replace(cls: type, method: str, ours: Replacement) -> None:
     owner = next(c for c in cls.__mro__ if method in vars(c))
     original = vars(owner)[method]
     if hasattr(original, _OURS):
