@@ -74,6 +74,14 @@ def test_by_length_chunk_and_score(engines, rows, tokens, prefill, step, score):
     assert 0.9 < predicted / measured < 1.1
 
 
+@pytest.mark.parametrize("tokens", [100, 600])
+def test_where_rows_become_codes(engines, tokens):
+    engine = engines(mx.float32)
+    made = caches.fresh(engine.model, "zeromerge", Wish("200", "streaming", kv_bits=8), tokens, 10)
+    predicted, measured = peak(engine, made, tokens, 256)
+    assert 0.9 < predicted / measured < 1.1
+
+
 def test_after_a_first_prompt(engines):
     engine = engines(mx.float32)
     made = caches.fresh(engine.model, "zeromerge", Wish("200", "streaming"), None, 10)
