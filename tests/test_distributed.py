@@ -15,13 +15,16 @@ from commands import run as run_alone
 from mlx_lm.models import qwen2
 
 from zm_mlx import generate, launched
+from zm_mlx.budget import Budget, Request
 from zm_mlx.calibration.finding import BESIDE
 from zm_mlx.calibration.fingerprint import lineage
 from zm_mlx.calibration.table import Table
 from zm_mlx.errors import UserError
-from zm_mlx.host import part, ranks
+from zm_mlx.host import agreeing, part, ranks
+from zm_mlx.host.heads import Sharing
 from zm_mlx.host.part import Part
 from zm_mlx.policies import Policy
+from zm_mlx.policies.pyramidkv import PyramidKV
 from zm_mlx.serving.job import Job, Prompt
 from zm_mlx.serving.orders import Orders
 from zm_mlx.state.layout import LayerShape
@@ -147,6 +150,16 @@ def test_heads_that_ranks_cannot_share_are_refused_with_what_works(monkeypatch):
 def test_a_layer_whose_heads_are_not_split_stays_whole_on_each_rank():
     whole = [Policy().layout(64, 1)]
     assert Part(1, 2, "name", (), 0, (1,)).of(whole) == tuple(whole)
+
+
+def test_bytes_are_those_of_each_rank_also_where_its_layers_get_the_most_rows():
+    policy, shape, budget = PyramidKV(), LayerShape(2, 16, 16, 4), 200_000
+    first = Part(0, 2, "name", (shape,) * 6, 0, (2,) * 3)
+    asked = Budget.parse(f"{budget}B")
+    whole, _ = agreeing.shared(first, asked, [shape] * 3, policy, Request(), lambda uniform: Sharing(uniform, ""))
+    layouts = first.of(whole.layouts)
+    assert layouts[0].rows > whole.layouts[-1].rows
+    assert 0.8 * budget < sum(layout.nbytes(shape) for layout in layouts) <= budget
 
 
 def test_orders_reach_other_ranks_without_what_only_rank_0_has():

@@ -42,7 +42,7 @@ class Part:
         found = []
         for layout, heads in zip(layouts[self.first :], self.heads, strict=False):
             begin = 0 if heads == layout.heads else self.rank * heads
-            found.append(_heads(layout, begin, heads))
+            found.append(replace(layout, context=layout.context[begin : begin + heads]))
         return tuple(found)
 
 
@@ -145,7 +145,3 @@ def _remedy(model: nn.Module, name: str, way: Way, whole: Sequence[LayerShape], 
         help = " or ".join(remedies) or "start it without mlx.launch"
         return f"{name}: its {' and '.join(map(str, heads))} KV heads cannot be shared evenly by {count} ranks: {help}"
     return f"{name}: cannot be split in {count} parts ({type(error).__name__}: {error})"
-
-
-def _heads(layout: Layout, begin: int, heads: int) -> Layout:
-    return replace(layout, context=layout.context[begin : begin + heads])

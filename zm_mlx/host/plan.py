@@ -143,19 +143,18 @@ def plan_cache(
     request = Request(prompt_length, max_tokens, context_of(model), free, other)
     part = part_of(model)
     whole = shapes if part is None else part.whole
-    resolved = agreeing.resolved(part, budget, shapes, policy, request)
-    heads = Sharing(resolved.layouts, resolved.reason)
-    if budget.kind != "table":
-        heads = agreeing.shared_out(
-            part, lambda: share_out(model, wanted, policy, resolved.layouts, whole, request), resolved.layouts
-        )
+
+    def share(uniform: tuple[Layout, ...]) -> Sharing:
+        return share_out(model, wanted, policy, uniform, whole, request)
+
+    heads, reason = agreeing.shared(part, budget, shapes, policy, request, share)
     draft = Plan(
         layouts=heads.layouts if part is None else part.of(heads.layouts),
         shapes=tuple(shapes),
         policy=policy,
         prefill="streaming",
         prompt_length=prompt_length,
-        budget_reason=resolved.reason,
+        budget_reason=reason,
         prefill_reason=AS_ASKED,
         heads_reason=heads.reason,
         complaints=heads.complaints,
