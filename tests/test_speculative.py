@@ -15,10 +15,11 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from tiny import assert_same_state, feed, model, prompt
 
 import zm_mlx
-from zm_mlx import generate
+from zm_mlx import cache_prompt, generate
 from zm_mlx.drafting import Draft, caches_for
 from zm_mlx.engine import Engine, Settings
 from zm_mlx.flags import DEFAULT_MODEL
+from zm_mlx.host import saved
 from zm_mlx.host.caches import CacheSet
 from zm_mlx.host.lookup import PromptLookup
 from zm_mlx.host.model_caches import zero_merge
@@ -372,3 +373,26 @@ def test_a_saved_prompt_goes_on_with_prompt_lookup(capsys, wide, tmp_path):
     argv = ["--prompt", QUOTED, "--prompt-cache-file", file, "-m", "30", "--json"]
     texts = [document(run(generate.main, capsys, *argv, *more)[1])["text"] for more in ([], ["--prompt-lookup"])]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_draft_model_goes_on_from_a_saved_prompt_that_it_has_or_has_not_read(capsys, tmp_path, wide, known):
+    """The tokens are those without a draft; where the file says the prompt's tokens, the draft reads them too."""
+    file = str(tmp_path / "saved.safetensors")
+    code, _, err = run(
+        cache_prompt.main, capsys, "--model", wide, "--prompt", QUOTED, "--prompt-cache-file", file, "--kv-budget", "48"
+    )
+    assert code == 0, err
+    if not known:
+        caches, metadata = saved.read(file)
+        saved.save_prompt_cache(file, caches, {k: v for k, v in metadata.items() if k != "tokens"})
+    argv = ["--prompt-cache-file", file, "--prompt", "one two three four", "-m", "40", "--json"]
+    code, out, err = run(generate.main, capsys, *argv)
+    assert code == 0, err
+    expected, accepted = document(out)["text"], {}
+    for name, draft in {"model": ["--draft-model", wide], "lookup": ["--prompt-lookup"]}.items():
+        code, out, err = run(generate.main, capsys, *argv, *draft)
+        assert code == 0, err
+        assert document(out)["text"] == expected
+        accepted[name] = document(out)["draft"]["accepted_tokens"]
+    assert accepted["model"] == 30 if known else accepted["model"] < 30  # all that 40 tokens can be

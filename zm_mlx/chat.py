@@ -107,7 +107,7 @@ def _session(args: argparse.Namespace, settings: Settings, shown: bool, asked: d
     if args.prompt_cache_file is not None:
         found = caches.continued(engine.model, args.prompt_cache_file, wish, 1)
         try:
-            session.go_on(found, session.standing(saved.metadata))
+            session.go_on(found, session.standing(saved.metadata), saved.said)
         except ValueError as error:
             raise UserError(f"--prompt-cache-file {args.prompt_cache_file}: {error}") from error
     elif args.system_prompt is not None:
@@ -187,7 +187,7 @@ def _turn(session: Session, text: str, settings: Settings, someone: bool) -> Non
     """One turn: its tokens are read, and the answer is shown as it comes. Ctrl-C ends it with what there is."""
     conversation = session.conversation
     tokens = conversation.encode(text)
-    session.guard(len(tokens), settings.prefill_step_size)
+    session.guard(len(tokens), settings.prefill_step_size, settings.max_tokens)
     session.warn_of_context(len(tokens))
     run = Run("zeromerge", len(tokens))
     bar = prefill_bar(len(tokens), someone and len(tokens) >= LONG)

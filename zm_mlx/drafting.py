@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from .errors import UnsupportedModelError, UserError
 from .host import caches
+from .host.beside import Beside
 from .host.caches import CacheSet, Wish
 from .host.model_caches import zero_merge
 from .host.rollback import require_trimmable
@@ -23,7 +24,8 @@ LOOKUP = "prompt lookup"
 class Draft:
     """What proposes up to ``count`` tokens at a time: a model with caches of its own, or without one prompt lookup.
 
-    ``before`` are tokens that came before the prompt, which prompt lookup finds too.
+    ``before`` are tokens that came before the prompt: prompt lookup finds them too, and a model reads them first if it
+    has read nothing yet.
     """
 
     count: int
@@ -36,6 +38,13 @@ class Draft:
     def every(self) -> list[Any]:
         """The model's caches, one a layer."""
         return [] if self.caches is None else self.caches.every
+
+    def beside(self, answer: int) -> Beside:
+        """What the memory guard takes into account, for an answer of so many tokens at most, or -1 without a limit."""
+        limit = None if answer < 0 else answer
+        if self.caches is None:
+            return Beside(None, None, self.count, answer=limit)
+        return Beside(self.model, self.caches.plan, self.count, self.caches.nbytes, limit)
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,13 @@ def require_same_tokens(draft: Source, main: Vocabulary, name: str) -> None:
     )
 
 
-def load(asked: Asked, main: CacheSet) -> Draft | None:
+def load(asked: Asked, main: CacheSet, before: Sequence[int] = ()) -> Draft | None:
     """What was asked for, beside the main model's caches; ``None`` if nothing was.
+
+    Args:
+        asked: by a command's flags.
+        main: the main model's caches.
+        before: tokens that these hold already, where they are known.
 
     Raises:
         UserError: the model cannot be loaded, or caches do not give rejected tokens back.
@@ -104,9 +118,9 @@ def load(asked: Asked, main: CacheSet) -> Draft | None:
     except UnsupportedModelError as error:
         raise UserError(f"{asked.flag} does not go with this model: {error}") from error
     if asked.source is None:
-        return Draft(asked.tokens)
+        return Draft(asked.tokens, before=before)
     model = load_model(asked.source)
-    return Draft(asked.tokens, asked.source.name, model, caches_for(model, asked.source.name, main))
+    return Draft(asked.tokens, asked.source.name, model, caches_for(model, asked.source.name, main), before)
 
 
 def renewed(draft: Draft, main: CacheSet) -> Draft:

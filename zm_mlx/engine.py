@@ -92,11 +92,16 @@ class Engine:
     ) -> Iterator[Any]:
         """``generate`` with a draft: both read the prompt but for its last token, then the caches can give back.
 
+        A draft model that has read nothing yet reads first what is known of the tokens before the prompt. Where nothing
+        is, it begins with the prompt: its proposals are worse, and the tokens the same.
+
         At the end, or where whoever listens has heard enough, they hold all that was given, as without a draft.
         """
         total, step = len(tokens), settings.prefill_step_size
         report = progress or (lambda done, total: None)
         readers = [(draft.model, draft.every)] if draft.model is not None else []
+        if readers and not _seen(draft.every):
+            fill(readers, mx.array(list(draft.before)), step)
         begun = [(model, own, _seen(own)) for model, own in [*readers, (self.model, caches)]]
         prompt = mx.array(tokens[:-1])
         with mlx_lm_generate.wired_limit(self.model):

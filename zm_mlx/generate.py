@@ -82,7 +82,7 @@ def _generate(argv: list[str] | None) -> int:
     engine, tokens, saved = ranks.agreed(lambda: _load(args, settings, asked))
     wide = engine.name == DEFAULT_MODEL and widen(engine.model, saved.itemsize)
     _warn_of_context(context_of(engine.model), saved.tokens + len(tokens), settings.max_tokens)
-    cache_set, draft = ranks.agreed(lambda: _caches(args, settings, asked, engine, tokens))
+    cache_set, draft = ranks.agreed(lambda: _caches(args, settings, asked, engine, tokens, saved))
     if args.no_wired_limit:
         leave_wired_limit()
     if args.verbose and wide:
@@ -120,7 +120,7 @@ def _asked(argv: list[str] | None) -> tuple[argparse.Namespace, drafting.Asked]:
 
 
 def _caches(
-    args: argparse.Namespace, settings: Settings, asked: drafting.Asked, engine: Engine, tokens: list[int]
+    args: argparse.Namespace, settings: Settings, asked: drafting.Asked, engine: Engine, tokens: list[int], saved: Saved
 ) -> tuple[CacheSet, drafting.Draft | None]:
     """The caches, which will fit, and the draft."""
     one_by_one = args.prefill == "auto" and settings.prefill_step_size == 1  # which an exact prompt cannot come in
@@ -140,11 +140,9 @@ def _caches(
         cache_set = caches.continued(engine.model, args.prompt_cache_file, wish, len(tokens))
     else:
         cache_set = caches.fresh(engine.model, args.cache, wish, len(tokens), settings.max_tokens)
-    cache_set = settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force)
-    draft = drafting.load(asked, cache_set)
-    if draft is not None and draft.caches is not None and draft.model is not None:
-        settled(draft.model, draft.caches, len(tokens), settings.prefill_step_size, args.force)
-    return cache_set, draft
+    draft = drafting.load(asked, cache_set, saved.said)
+    beside = None if draft is None else draft.beside(settings.max_tokens)
+    return settled(engine.model, cache_set, len(tokens), settings.prefill_step_size, args.force, beside), draft
 
 
 def _load(args: argparse.Namespace, settings: Settings, asked: drafting.Asked) -> tuple[Engine, list[int], Saved]:
@@ -265,11 +263,6 @@ def _check_draft(args: argparse.Namespace, asked: drafting.Asked) -> None:
         raise UserError(f"--compare does not go with {asked.flag}: caches are compared without a draft")
     if args.cache == "rotating":
         raise UserError(f"--cache rotating does not go with {asked.flag}: it cannot give rejected tokens back")
-    if asked.model is not None and args.prompt_cache_file is not None:
-        raise UserError(
-            "--draft-model does not go with --prompt-cache-file: the draft model has not read the saved prompt; "
-            "--prompt-lookup does"
-        )
 
 
 def _prompt(text: str | None, file: str | None) -> str:

@@ -1,5 +1,7 @@
 """What the file of a saved prompt says before there is a model."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +45,11 @@ class Saved:
         itemsize = next((c.shape.itemsize for c in own if c.shape is not None), None)
         return cls(file, max((int(c.offset) for c in own), default=0), metadata, itemsize)
 
+    @property
+    def said(self) -> list[int]:
+        """The prompt's tokens; none where the file does not say them."""
+        return tokens_in(self.metadata, self.tokens)
+
     def source(self, model: str | None, adapter: str | None, trust_remote_code: bool) -> Source:
         """The model that was asked for, else the one that the prompt was made with, else the small one.
 
@@ -56,3 +63,12 @@ class Saved:
             )
         asked = "--model" if model is not None or saved is None else f"--prompt-cache-file {self.file} was made with"
         return Source(model or saved or DEFAULT_MODEL, asked, adapter, trust_remote_code, config)
+
+
+def tokens_in(metadata: Mapping[str, Any], count: int) -> list[int]:
+    """The ``count`` tokens of a saved prompt that were noted with it; none where they were not."""
+    try:
+        tokens = json.loads(metadata.get("tokens", ""))
+    except (ValueError, RecursionError, TypeError):
+        return []
+    return tokens if isinstance(tokens, list) and len(tokens) == count and all(type(t) is int for t in tokens) else []

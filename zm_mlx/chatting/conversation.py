@@ -1,7 +1,7 @@
 """One conversation: which tokens a turn feeds, what the caches hold of it, and what still waits."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +26,22 @@ class Conversation:
     """Caches and where they stand. No text is kept: what was said is in the caches alone, which do not grow.
 
     Between two turns the caches hold all tokens of the conversation but ``standing.pending``. With a draft the newest
-    tokens are kept besides, as far as prompt lookup looks back.
+    tokens are kept besides, as far as prompt lookup looks back; ``said`` are those that the caches hold at first.
     """
 
-    def __init__(self, engine: Engine, caches: CacheSet, standing: Standing, draft: Draft | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        caches: CacheSet,
+        standing: Standing,
+        draft: Draft | None = None,
+        said: Sequence[int] = (),
+    ) -> None:
         self.engine = engine
         self.caches = caches
         self.standing = standing
         self.draft = draft
-        self._said: deque[int] = deque(maxlen=QUOTABLE)
+        self._said: deque[int] = deque(said, QUOTABLE)
 
     @property
     def seen(self) -> int:

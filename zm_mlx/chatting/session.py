@@ -1,7 +1,7 @@
 """A model and the conversation that goes on with it: how one begins, and how it comes from and goes to a file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -16,6 +16,7 @@ from ..host.model_caches import zero_merge
 from ..host.plan import Plan, context_of
 from ..host.saved import load_prompt_cache, read, save_prompt_cache
 from ..loading import Source
+from ..saved_prompt import tokens_in
 from ..terminal import warn
 from .conversation import Conversation
 from .standing import Standing
@@ -57,14 +58,17 @@ class Session:
         """Whether turns go through a chat template."""
         return prompts.uses_template(self.engine.tokenizer, prompts.Chat())
 
-    def go_on(self, cache_set: CacheSet, standing: Standing) -> None:
-        """Take these caches for the conversation, whose plan may differ from that of new ones if they were saved."""
+    def go_on(self, cache_set: CacheSet, standing: Standing, said: Sequence[int] = ()) -> None:
+        """Take these caches for the conversation, whose plan may differ from that of new ones if they were saved.
+
+        ``said`` are the tokens that they hold, where these are known.
+        """
         if cache_set.plan is None:
             own = zero_merge(cache_set.every)
             layouts = tuple(c.layout for c in own)
             cache_set.plan = replace(self.plan, layouts=layouts, policy=own[0].policy, budget_reason="as it was saved")
         draft = None if self.draft is None else renewed(self.draft, cache_set)
-        self.conversation = Conversation(self.engine, cache_set, standing, draft)
+        self.conversation = Conversation(self.engine, cache_set, standing, draft, said)
         self._told = False
 
     def speculate(self, draft: Draft) -> None:
@@ -116,7 +120,8 @@ class Session:
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"/load: {error}") from error
-        self.go_on(CacheSet("zeromerge", every, list(zero_merge(every))), standing)
+        found = CacheSet("zeromerge", every, list(zero_merge(every)))
+        self.go_on(found, standing, tokens_in(metadata, found.before))
 
     def standing(self, metadata: Mapping[str, str]) -> Standing:
         """Where a saved conversation stands; a saved prompt is the beginning of a user's message.
@@ -135,15 +140,19 @@ class Session:
             raise ValueError(f"it was saved with another adapter than this chat runs ({had}, not {has})")
         return standing
 
-    def guard(self, tokens: int, step: int) -> None:
+    def guard(self, tokens: int, step: int, answer: int) -> None:
         """Refuse a turn of so many tokens, read ``step`` at a time, that this machine has no memory for.
+
+        ``answer`` is how many tokens follow at most; -1 is no limit.
 
         Raises:
             MemoryGuardError: its message says what would fit.
         """
         found = self.conversation.caches
         load = Load(tokens, step, held=found.nbytes, seen=self.conversation.seen)
-        guard(self.engine.model, self.plan_of_caches, load, self.force)
+        draft = self.conversation.draft
+        beside = None if draft is None else draft.beside(answer)
+        guard(self.engine.model, self.plan_of_caches, load, self.force, beside)
 
     def warn_of_context(self, tokens: int = 0) -> None:
         """Say it once if the conversation, with so many more tokens, is longer than the model was trained for."""

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..errors import MemoryGuardError
 from ..phases import PIECE
+from .beside import Beside, How
 from .caches import CacheSet, zeromerge
 from .memory import free_bytes
 from .model_caches import zero_merge
@@ -21,24 +22,26 @@ from .predicting import Load, Prediction, bound, caches_alone, predict
 from .probe import probe
 from .remedies import SMALLEST_STEP, remedies, shorter
 
-__all__ = ["Load", "Prediction", "guard", "settled"]
+__all__ = ["Beside", "Load", "Prediction", "guard", "settled"]
 
 FAR = 2  # times as much is free as a bound says: nothing needs to be measured
 NAMED = 0.97  # of what is free, which changes until a remedy is tried
 
 
-def guard(model: nn.Module, plan: Plan, load: Load, force: bool = False) -> Prediction:
+def guard(model: nn.Module, plan: Plan, load: Load, force: bool = False, beside: Beside | None = None) -> Prediction:
     """What a load will take at its peak; call it in the thread that uses the model, before anything is allocated.
 
-    Nothing is measured where far more is free than it could be.
+    Nothing is measured where far more is free than it could be. With a draft, of what both models take.
 
     Raises:
         MemoryGuardError: more than is free here, and not ``force``. The message names what would fit.
     """
-    return _Judge(model).require(plan, load, force)
+    return _Judge(model, beside).require(plan, load, force)
 
 
-def settled(model: nn.Module, caches: CacheSet, tokens: int, step: int, force: bool = False) -> CacheSet:
+def settled(
+    model: nn.Module, caches: CacheSet, tokens: int, step: int, force: bool = False, beside: Beside | None = None
+) -> CacheSet:
     """``guard`` for the caches of one prompt: those of this package, with nothing allocated or of a saved prompt.
 
     Returns:
@@ -49,7 +52,7 @@ def settled(model: nn.Module, caches: CacheSet, tokens: int, step: int, force: b
     """
     if caches.kind != "zeromerge":
         return caches
-    judge = _Judge(model)
+    judge = _Judge(model, beside)
     plan = caches.plan or _plan_of(model, caches)
     load = Load(tokens, step, held=caches.nbytes, seen=caches.before)
     if plan.prefill == "exact" and plan.prefill_reason != AS_ASKED and judge.over(plan, load):
@@ -78,12 +81,13 @@ def _plan_of(model: nn.Module, caches: CacheSet) -> Plan:
 
 
 class _Judge:
-    """A model on this machine as it is now."""
+    """A model on this machine as it is now, and its draft."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, beside: Beside | None = None) -> None:
         mx.eval(model.parameters())
         mx.clear_cache()
         self.model = model
+        self.beside = beside
         self.room = least(model, free_bytes(reserve=0))
         self._known: dict[tuple[Plan, Load], Prediction] = {}
 
@@ -106,7 +110,7 @@ class _Judge:
 
     def prediction(self, plan: Plan, load: Load) -> Prediction:
         """Measured, unless that could change nothing, or might itself take more than is free."""
-        above, held = self._bound(plan, load), self._of_all(caches_alone(plan, load))
+        above, held = self._bound(plan, load), self._said(_alone, plan, load)
         if self.room is None or FAR * above.new < self.room:
             return above
         if held.new > self.room:
@@ -139,12 +143,20 @@ class _Judge:
     def _measured(self, plan: Plan, load: Load) -> Prediction:
         """Each once: remedies ask again."""
         if (plan, load) not in self._known:
-            self._known[plan, load] = self._of_all(predict(self.model, plan, load))
+            self._known[plan, load] = self._said(predict, plan, load)
         return self._known[plan, load]
 
     def _bound(self, plan: Plan, load: Load) -> Prediction:
-        return self._of_all(bound(self.model, plan, load))
+        return self._said(bound, plan, load)
 
-    def _of_all(self, found: Prediction) -> Prediction:
+    def _said(self, how: How, plan: Plan, load: Load) -> Prediction:
         """The most that any rank of the model says: all go on alike, or one refuses and the others wait for ever."""
+        if self.beside is None:
+            found = how(self.model, plan, load)
+        else:
+            found = self.beside.together(how, self.model, plan, load)
         return replace(found, caches=most(self.model, found.caches), reading=most(self.model, found.reading))
+
+
+def _alone(_: nn.Module, plan: Plan, load: Load) -> Prediction:
+    return caches_alone(plan, load)

@@ -1,6 +1,5 @@
 """A saved prompt as the first snapshot of a server: requests that begin with its tokens go on from it."""
 
-import json
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +18,8 @@ def tokens_of(saved: Saved) -> list[int]:
     Raises:
         UserError: the file does not say them.
     """
-    try:
-        tokens = json.loads(saved.metadata.get("tokens", ""))
-    except (ValueError, RecursionError):
-        tokens = None
-    if not (isinstance(tokens, list) and len(tokens) == saved.tokens and all(isinstance(t, int) for t in tokens)):
+    tokens = saved.said
+    if not tokens:
         raise UserError(
             f"--prompt-cache-file {saved.file} does not say its tokens, which a server compares requests with: "
             f"make it anew with {MAKER}"

@@ -8,14 +8,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..budget import total_bytes
 from ..errors import MemoryGuardError, UnsupportedModelError, UserError
+from ..host.beside import Beside, log_bytes
 from ..host.cache import ZeroMergeCache
 from ..host.guard import Load, guard
 from ..host.memory import free_bytes
 from ..host.model_caches import members
 from ..host.part import least, most
 from ..host.plan import Plan, context_of
+from ..host.remedies import with_rows
 from ..phases import PIECE
 from ..report import size
 
@@ -28,8 +29,8 @@ class Cost:
     """Bytes.
 
     Args:
-        sequence: of all caches of one sequence.
-        piece: what a sequence takes on top while its prompt is read.
+        sequence: of all caches of one sequence, a draft model's too.
+        piece: what a sequence takes on top while its prompt is read, or while drafts can be taken back.
         store: of the largest layer, which a compaction holds twice for a moment.
     """
 
@@ -65,11 +66,12 @@ class Slots:
         raise ValueError(f"prompts must be 1 or more, not {prompts}")
 
 
-def measure(model: nn.Module, plan: Plan, caches: Sequence[Any]) -> tuple[Cost, int]:
+def measure(model: nn.Module, plan: Plan, caches: Sequence[Any], beside: Beside | None = None) -> tuple[Cost, int]:
     """What a sequence costs, on the rank where it costs the most, and the size of the model's vocabulary.
 
     Args:
         caches: empty ones of the plan; they are used up.
+        beside: the draft.
 
     Raises:
         UnsupportedModelError: a cache cannot be part of a batch.
@@ -79,15 +81,22 @@ def measure(model: nn.Module, plan: Plan, caches: Sequence[Any]) -> tuple[Cost, 
             raise UnsupportedModelError(f"it has a {type(cache).__name__}, which cannot be served in a batch")
     logits = model(mx.array([[0]]), cache=caches)  # its shape is known without its values
     others = sum(int(c.nbytes) for c in members(caches) if not isinstance(c, ZeroMergeCache))
-    cost = Cost(
-        sequence=most(model, plan.nbytes + max(others, plan.other_bytes)),
-        piece=most(model, plan.piece_bytes),
-        store=most(model, max(a.nbytes(s) for a, s in zip(plan.layouts, plan.shapes, strict=True))),
-    )
+    found = _cost(plan, max(others, plan.other_bytes), beside)
+    cost = Cost(most(model, found.sequence), most(model, found.piece), most(model, found.store))
     return cost, int(logits.shape[-1])
 
 
-def require(plan: Plan, slots: Slots) -> None:
+def _cost(plan: Plan, others: int, beside: Beside | None) -> Cost:
+    """What a sequence costs whose bounded caches of mlx-lm take ``others`` bytes."""
+    store = max(a.nbytes(s) for a, s in zip(plan.layouts, plan.shapes, strict=True))
+    own = None if beside is None else beside.plan_beside(plan)
+    if beside is None or own is None:
+        return Cost(plan.nbytes + others, plan.piece_bytes, store)
+    log = log_bytes(plan, beside.count) + log_bytes(own, beside.count)
+    return Cost(plan.nbytes + own.nbytes + others, max(plan.piece_bytes + own.piece_bytes, log), store)
+
+
+def require(plan: Plan, slots: Slots, beside: Beside | None = None) -> None:
     """Refuse a budget of which not one sequence fits.
 
     Raises:
@@ -96,12 +105,11 @@ def require(plan: Plan, slots: Slots) -> None:
     if slots.total >= 1:
         return
     cost, policy = slots.cost, plan.policy
-    others = cost.sequence - plan.nbytes + cost.piece
+    others = cost.sequence - _cost(plan, 0, beside).sequence
 
     def need(rows: int) -> int:
-        layouts = policy.layouts(rows, [s.heads for s in plan.shapes])
-        store = max(a.nbytes(s) for a, s in zip(layouts, plan.shapes, strict=True))
-        return total_bytes(layouts, plan.shapes) + store + others
+        found = _cost(with_rows(plan, rows), others, beside)
+        return found.sequence + found.piece + found.store
 
     tried = range(policy.smallest, max(n for a in plan.layouts for n in a.rows) + 1)
     fit = bisect_right(tried, slots.memory, key=need)
@@ -112,11 +120,14 @@ def require(plan: Plan, slots: Slots) -> None:
     raise UserError(f"{asked} {whole} while its prompt is read: the largest that works is --kv-budget {tried[fit - 1]}")
 
 
-def require_memory(model: nn.Module, plan: Plan, slots: Slots, step: int, force: bool) -> None:
+def require_memory(
+    model: nn.Module, plan: Plan, slots: Slots, step: int, force: bool, beside: Beside | None = None
+) -> None:
     """Refuse what this machine cannot hold with all slots in use and as many prompts read as there may be.
 
     Args:
         step: tokens of each prompt in one call of the model.
+        beside: the draft.
 
     Raises:
         MemoryGuardError: the message names what would fit.
@@ -126,7 +137,7 @@ def require_memory(model: nn.Module, plan: Plan, slots: Slots, step: int, force:
 
     def need(tried: Slots) -> int:
         tokens = min(rows, context_of(model) or rows)  # longer prompts take no more
-        return guard(model, plan, Load(tokens, step, tried.total, tried.prompts), force=True).new
+        return guard(model, plan, Load(tokens, step, tried.total, tried.prompts), force=True, beside=beside).new
 
     if force or room is None or (new := need(slots)) <= room:
         return
