@@ -17,12 +17,13 @@ from typing import Any
 
 from . import flags
 from .budget import Budget
+from .drafting import MODEL_TOKENS
 from .errors import UserError
 from .flags import DEFAULT_MODEL
 from .host import ranks
 from .host.wired import leave_wired_limit
 from .loading import Source
-from .report import plan_lines, size
+from .report import draft_lines, plan_lines, size
 from .saved_prompt import Saved
 from .serving.handler import Handler, Server
 from .serving.loop import Generator
@@ -32,7 +33,7 @@ from .serving.waiting import PATIENCE, QUEUE
 from .terminal import guarded, say, warn
 
 COMMAND = "zm_mlx.server"
-SERVED = ("pipeline",)
+SERVED = (*flags.DRAFTS, "pipeline")
 PROMPTS = 4  # read at the same time, by default
 STEP = 512  # tokens of each of them in one call of the model, by default
 SNAPSHOTS = 32
@@ -55,7 +56,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = flags.adopt(_theirs(), COMMAND, SERVED)
     parser.description = "Serve OpenAI's API over KV caches of fixed size (ZeroMerge); mlx_lm.server's flags and more"
     parser.set_defaults(
-        log_level="WARNING", prompt_concurrency=PROMPTS, prefill_step_size=STEP, prompt_cache_size=SNAPSHOTS
+        log_level="WARNING",
+        prompt_concurrency=PROMPTS,
+        prefill_step_size=STEP,
+        prompt_cache_size=SNAPSHOTS,
+        num_draft_tokens=None,
     )
     helps = {
         "log_level": "Set the logging level (default: WARNING)",
@@ -63,6 +68,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "prefill_step_size": f"Tokens of each of these prompts in one call of the model (default: {STEP})",
         "prompt_cache_size": f"Prompts and answers that are kept for others that begin alike (default: {SNAPSHOTS})",
         "prompt_cache_bytes": "Bytes that these may take within --max-kv-memory",
+        "draft_model": "A smaller model with the same tokens for speculative decoding; requests then take turns",
+        "num_draft_tokens": f"Tokens that it proposes at a time (default: {MODEL_TOKENS})",
     }
     for action in parser._actions:
         action.help = helps.get(action.dest, action.help)
@@ -158,6 +165,7 @@ def _lines(served: Served, args: argparse.Namespace) -> list[str]:
         warn(f"--host {args.host}: whoever reaches this address can use the server, which knows no passwords")
     return [
         *plan_lines(served.plan),
+        *(draft_lines(served.draft) if served.draft else []),
         f"Slots: {slots.total} of {size(cost.sequence)}, for sequences and kept prompts, in {size(slots.memory)}; "
         f"{slots.prompts} prompts are read at a time, with {size(cost.piece)} each on top",
         f"Serving: {served.key[0]} at http://{args.host}:{args.port}/v1 (/health, /v1/kv)",
@@ -166,7 +174,11 @@ def _lines(served: Served, args: argparse.Namespace) -> list[str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Flags that do not work for a server, and values without meaning."""
-    args.num_draft_tokens = 0  # mlx-lm's handler wants a number
+    if args.num_draft_tokens is not None and args.draft_model is None:
+        raise UserError("--num-draft-tokens needs --draft-model")
+    args.num_draft_tokens = args.num_draft_tokens or (
+        MODEL_TOKENS if args.draft_model else 0
+    )  # mlx-lm's handler reads it
     flags.check_several(args)
     if args.kv_budget is not None:
         kind = Budget.parse(args.kv_budget).kind

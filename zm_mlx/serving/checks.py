@@ -56,7 +56,7 @@ def parse(raw: bytes, path: str) -> dict[str, Any]:
     if body.get("n", 1) != 1:
         refuse("n must be 1: one answer per request")
     if body.get("draft_model", "default_model") != "default_model":
-        refuse("draft_model: this server has no speculative decoding")
+        refuse("draft_model: requests take the one that the server was started with (--draft-model): leave it out")
     if "stream_options" in body:
         body["stream_options"] = {"include_usage": bool(body["stream_options"].get("include_usage"))}
     if path == COMPLETIONS:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from ..host.lookup import Step
-from ..host.model_caches import members
+from ..host.model_caches import members, zero_merge
 from ..host.rollback import rollback
 from ..host.speculating import fill, speculative_generate_step
 
@@ -109,8 +109,15 @@ class Drafted:
         return [self._read(sequence)], []
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[list[Any], list[int]]]:
-        """Copies of caches whose prompts are not read to their ends, and the tokens that they hold."""
-        return {s.uid: (copy.deepcopy(s.caches), list(s.tokens)) for s in self._waiting if s.uid in uids}
+        """Copies of caches whose prompts are not read to their ends, and the tokens that they hold.
+
+        A copy ends the piece of a prompt that is held beyond the budget, as those of ``ZeroMergeBatch`` do.
+        """
+        found = {s.uid: (copy.deepcopy(s.caches), list(s.tokens)) for s in self._waiting if s.uid in uids}
+        for caches, _ in found.values():
+            for cache in zero_merge(caches):
+                cache.finish_prompt()
+        return found
 
     def remove(self, uids: Sequence[int]) -> None:
         """Forget requests, wherever they stand."""

@@ -16,6 +16,7 @@ from .. import launched
 from ..errors import UnsupportedModelError, UserError
 from ..host.ranks import drawn_by_first
 from . import status
+from .drafted import Drafted
 from .job import Job, Prompt
 from .orders import Orders
 from .preparing import Preparing, seeded
@@ -185,7 +186,7 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
                 if not running:  # the model in use answers others first
                     yield job
                 return
-            elif running >= min(served.slots.total, self.cli_args.decode_concurrency):
+            elif running >= (1 if served.draft else min(served.slots.total, self.cli_args.decode_concurrency)):
                 return
             elif self.waiting.take(job) and self._prepared(job, served):
                 running += 1
@@ -236,6 +237,10 @@ class Generator(ResponseGenerator):  # type: ignore[misc]
         if self._batch is None and self._snapshots_of != served.key:
             self.snapshots = Snapshots(limit)
             self._snapshots_of = served.key
+        if served.draft is not None and served.draft.model is not None:
+            draft, step = served.draft, self.cli_args.prefill_step_size
+            self._batch = Drafted(served.model, draft.model, draft.count, step)
+            return
         self._batch = BatchGenerator(
             served.model,
             completion_batch_size=self.cli_args.decode_concurrency,

@@ -6,7 +6,9 @@ import mlx.core as mx
 
 from ..errors import UnsupportedModelError, UserError
 from ..host.model_caches import zero_merge
+from ..host.prefill import STEP
 from ..host.saved import MAKER, load_prompt_cache
+from ..host.speculating import fill
 from ..saved_prompt import Saved
 from .provider import Served
 from .reuse import Snapshots
@@ -39,8 +41,11 @@ def first_snapshot(saved: Saved, tokens: list[int], served: Served, snapshots: S
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"--prompt-cache-file: {error}") from error
-    own = zero_merge(caches)
-    for cache in own:
+    own, drafts = zero_merge(caches), served.fresh()[len(caches) :]
+    if served.draft is not None:
+        fill([(served.draft.model, drafts)], mx.array(tokens), STEP)
+    caches += drafts
+    for cache in zero_merge(caches):
         cache.finish_prompt()
     mx.eval([c.state for c in caches])
     slot = zip(own, served.plan.layouts, served.plan.shapes, strict=True)

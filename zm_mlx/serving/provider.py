@@ -14,10 +14,12 @@ from mlx_lm.server import ModelProvider
 from .. import flags, prompts
 from ..budget import Budget
 from ..calibration.table import TableError
+from ..drafting import Asked, Draft, require_same_tokens
+from ..drafting import load as load_draft
 from ..errors import UnsupportedModelError, UserError
 from ..flags import DEFAULT_MODEL
 from ..host import ranks
-from ..host.caches import Wish
+from ..host.caches import Wish, zeromerge
 from ..host.memory import free_bytes
 from ..host.model_caches import zero_merge
 from ..host.part import least
@@ -41,6 +43,7 @@ class Served:
         vocabulary: tokens that the logits have.
         context: tokens that the model was trained on, where it says so.
         rewrites: whether its chat template shows an answer otherwise once another turn follows.
+        draft: that proposes tokens, for one sequence at a time.
     """
 
     key: Any
@@ -52,6 +55,7 @@ class Served:
     vocabulary: int
     context: int | None
     rewrites: bool
+    draft: Draft | None = None
 
     def fresh(self) -> list[Any]:
         """Caches for one more sequence; they take memory with its first token."""
@@ -71,16 +75,27 @@ class Provider(ModelProvider):  # type: ignore[misc]
         super().__init__(args)
         self.served: Served | None = None
         self._source, self._itemsize = source, itemsize
+        self._asked = Asked(args.draft_model, False, args.num_draft_tokens or None, args.trust_remote_code)
         self._tokenizer_config |= source.tokenizer_config
         for name in {args.model, _resolved(args.model)}:  # /v1/models shows the latter: it is the same model
             self._model_map[name] = args.model
             self._adapter_map[name] = args.adapter_path
 
     def key_of(self, asked: Any) -> Any:
-        """The key of the model that a request names."""
-        model = self._model_map.get(asked.model, asked.model)
-        adapter = self._adapter_map.get(asked.model, asked.adapter)
-        return (model, adapter, self._draft_model_map.get(asked.draft, asked.draft))
+        """The key of the model that a request names; the draft model is the server's own model's alone."""
+        return self._key(asked.model, asked.adapter)
+
+    def _key(self, model: str, adapter: str | None) -> Any:
+        name = self._model_map.get(model, model)
+        draft = self.cli_args.draft_model if name == self.cli_args.model else None
+        return (name, self._adapter_map.get(model, adapter), draft)
+
+    def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
+        """mlx-lm's; which draft a model has is not for a request to say."""
+        key = self._key(model_path, adapter_path)
+        if self.model_key != key:
+            self._load(*key)
+        return self.model, self.tokenizer
 
     def check(self, asked: Any) -> None:
         """Refuse a model that does not exist, in the thread of the client: a network that is asked may be slow.
@@ -107,38 +122,54 @@ class Provider(ModelProvider):  # type: ignore[misc]
             adapter_path,
             self.cli_args.trust_remote_code,
         )
-        ranks.agreed(lambda: load_vocabulary(source))
+        vocabulary = ranks.agreed(lambda: load_vocabulary(source))
+        asked = self._asked if draft_model_path is not None else Asked()
+        if asked.source is not None:
+            require_same_tokens(asked.source, vocabulary, source.name)
         try:
-            ranks.agreed(lambda: self._load_here(source, draft_model_path))
+            ranks.agreed(lambda: self._load_here(source, asked))
         except BaseException:
             self.reset()
             raise
 
-    def _load_here(self, source: Source, draft_model_path: str | None) -> None:
+    def _load_here(self, source: Source, asked: Asked) -> None:
         mlx_lm_server.sharded_load = load_split
         try:
-            super()._load(source.name, source.adapter, draft_model_path)
+            super()._load(source.name, source.adapter)
         except UserError:  # of how it is split
             raise
         except Exception as error:  # the loader and the Hub fail in many ways
             raise UserError(f"{source.words}: cannot be loaded ({type(error).__name__}: {error})") from error
         if source.name == DEFAULT_MODEL and widen(self.model, self._itemsize):
             mx.eval(self.model.parameters())
-        self.served = self._serve(source.name)
+        self.served = self._serve(source.name, asked)
+        self.model_key = self.served.key
 
-    def _serve(self, name: str) -> Served:
+    def _serve(self, name: str, asked: Asked) -> Served:
+        """The model as requests need it.
+
+        Raises:
+            UserError: its caches or its draft's do not fit, or do not give rejected tokens back.
+        """
         plan = plan_of(self.model, self.cli_args, name)
-        caches = plan.caches(self.model)
+        main = zeromerge(self.model, plan)
+        draft = load_draft(asked, main)
+        beside = None
+        if draft is not None:
+            require_bounded(draft)
+            beside = draft.beside(-1)
+        caches = [*main.every, *(draft.every if draft else [])]
         mx.eval([c.operations.turn for c in zero_merge(caches) if c.operations.turn is not None])
-        cost, vocabulary = measure(self.model, plan, copy.deepcopy(caches))
+        cost, vocabulary = measure(self.model, plan, copy.deepcopy(main.every), beside)
         most = self.cli_args.decode_concurrency + self.cli_args.prompt_cache_size
-        slots = Slots.of(memory(self.cli_args, self.model), cost, self.cli_args.prompt_concurrency, most)
-        require(plan, slots)
-        require_memory(self.model, plan, slots, self.cli_args.prefill_step_size, self.cli_args.force)
+        prompts = 1 if draft else self.cli_args.prompt_concurrency
+        slots = Slots.of(memory(self.cli_args, self.model), cost, prompts, most)
+        require(plan, slots, beside)
+        require_memory(self.model, plan, slots, self.cli_args.prefill_step_size, self.cli_args.force, beside)
         self.tokenizer.model_max_length = NO_LIMIT  # longer prompts are refused, without transformers' words
         rewrites = self.tokenizer.has_chat_template and _rewrites(self.tokenizer)
         return Served(
-            key=self.model_key,
+            key=(*self.model_key[:2], asked.model),
             model=self.model,
             tokenizer=self.tokenizer,
             plan=plan,
@@ -147,6 +178,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
             vocabulary=vocabulary,
             context=context_of(self.model),
             rewrites=rewrites,
+            draft=draft,
         )
 
 
@@ -175,6 +207,19 @@ def plan_of(model: nn.Module, args: argparse.Namespace, name: str) -> Plan:
         raise UserError(f"--kv-bits: {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"--kv-budget: {error}") from error
+
+
+def require_bounded(draft: Draft) -> None:
+    """Refuse a draft model whose caches grow, which no slot holds.
+
+    Raises:
+        UserError: this package does not serve it.
+    """
+    if draft.caches is None or draft.caches.plan is None:
+        raise UserError(
+            f"--draft-model {draft.name}: zm_mlx does not serve this model, so its caches would grow with every token, "
+            "and --max-kv-memory would not hold: take another draft model, or none"
+        )
 
 
 def memory(args: argparse.Namespace, model: nn.Module) -> int:

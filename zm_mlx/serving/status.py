@@ -19,6 +19,7 @@ def report(served: Served, snapshots: Snapshots, batch: Any, running: int) -> di
     return {
         "time": time.monotonic(),
         "model": served.key[0],
+        "draft_model": served.key[2],
         "sequences": running,
         "snapshots": len(snapshots),
         "slots": slots.total,
