@@ -30,7 +30,8 @@ class Found(NamedTuple):
 
 def resolve(budget, shapes, policy, **request):
     """Rows per head, which are the same in all layers."""
-    layouts, reason = vars(budgets.resolve(budget, shapes, policy, Request(**request))).values()
+    found = budgets.resolve(budget, shapes, policy, Request(**request))
+    layouts, reason = found.layouts, found.reason
     (rows,) = {n for layout in layouts for n in layout.rows}
     return Found(rows, reason)
 

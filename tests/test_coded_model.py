@@ -11,6 +11,8 @@ from tiny import f64
 
 import zm_mlx
 from zm_mlx.errors import UserError
+from zm_mlx.evaluation.caches import Contender
+from zm_mlx.evaluation.prefilled import Prompted
 from zm_mlx.host import caches
 from zm_mlx.host.batch import ZeroMergeBatch
 from zm_mlx.host.caches import Wish
@@ -161,3 +163,16 @@ def test_what_is_taken_back_leaves_the_codes_of_what_was_accepted(bits=4):
         a, b = codes_of(x), codes_of(y)
         assert np.mean([a[p] == b[p] for p in a]) > 0.5  # the model's own rounding differs with the length of a call
         np.testing.assert_allclose(f64(x.layer.kept.weight), f64(y.layer.kept.weight))
+
+
+def test_an_evaluation_names_codes_and_counts_them_beside_16_bits():
+    found = Contender("zeromerge-uniform-8bit-streaming", 0.1)
+    assert (found.method, found.bits, found.streaming, found.shares) == ("zeromerge", 8, True, False)
+    assert found.settings == ZeroMerge(kv_bits=8) and Contender("zeromerge", 0.1).bits is None
+    with pytest.raises(ValueError, match="rotating-8bit does not work"):
+        Contender("rotating-8bit", 0.1)
+    with pytest.raises(ValueError, match=r"KeyNorm.*take another policy"):
+        _ = Contender("key_norm-4bit", 0.1).settings
+    made = Prompted(model(layers=1), tiny.prompt(600)[0])
+    rows = [made.caches(Contender(name, 0.2))[0].layout.rows[0] for name in ("zeromerge-uniform", "zeromerge-8bit")]
+    assert 1.5 < rows[1] / rows[0] < 2  # and not the 3.5 that codes are fewer than the bytes of float32
