@@ -57,11 +57,10 @@ def softmax(x):
 def oldest_rows(state, layout, head, piece):
     """Keys and values of the first four raw rows of a stored head before the piece."""
     begin, end = layout.starts[head : head + 2]
-    if state.departed > end - begin:
-        begin += layout.residual
-    kept = [f64(x[0, begin : min(end, begin + state.departed)]) for x in state.kept.rows]
-    recent = [f64(x[0, head, : state.filled - piece]) for x in state.recent]
-    return [(x if state.departed else y)[:4] for x, y in zip(kept, recent, strict=True)]
+    kept = slice(begin + layout.residual * (state.departed > end - begin), min(end, begin + state.departed))
+    recent = slice(0, state.filled - piece)
+    pairs = zip(state.kept.rows, state.recent, strict=True)
+    return [np.concatenate([f64(x[0, kept]), f64(y[0, head, recent])])[:4] for x, y in pairs]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
