@@ -156,3 +156,22 @@ def test_a_sequence_ends_with_the_tokens_and_caches_of_mlx_lm_s_batch(made, leng
         for a, b in zip(found.prompt_cache, expected.prompt_cache, strict=False):
             assert_same_state(a, b)
     assert not any(c.offset for caches in fresh for c in caches)  # they may be a snapshot's
+
+
+def test_a_step_that_fails_leaves_a_batch_that_can_be_closed_and_a_model_that_answers_on(made, monkeypatch):
+    text = prompt(40)[0].tolist()
+    caches = [[*zm_mlx.make_prompt_cache(made, 24), *zm_mlx.make_prompt_cache(made, 24)] for _ in range(2)]
+    expected, _ = answered(Drafted(made, made, 3, 64), caches[0], text)
+    batch, attend, calls = Drafted(made, made, 3, 64), type(caches[0][0]).attend, iter(range(10**6))
+
+    def fail(self, *args):
+        if next(calls) == 25:  # in the middle of a call that verifies or drafts
+            raise RuntimeError("injected")
+        return attend(self, *args)
+
+    monkeypatch.setattr(type(caches[0][0]), "attend", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        answered(batch, caches[0], text)
+    batch.close()
+    assert batch.prompt_cache_nbytes == 0 and batch.next() == ([], [])
+    assert answered(batch, caches[1], text)[0].all_tokens == expected.all_tokens

@@ -8,11 +8,13 @@ from chatted import conversation, engine
 from test_chat import talk, typed
 from tiny import assert_same_state
 
-from zm_mlx import PromptLookup, chat, drafting
+from zm_mlx import PromptLookup, cache_prompt, chat, drafting
 from zm_mlx.chatting.session import Session
 from zm_mlx.drafting import Draft
+from zm_mlx.engine import Engine
 from zm_mlx.flags import DEFAULT_MODEL
 from zm_mlx.host.model_caches import zero_merge
+from zm_mlx.host.saved import read
 from zm_mlx.loading import Source
 
 TURNS = ["one two three one two three one two", "and again: one two three", "the same once more"]
@@ -109,6 +111,26 @@ def test_the_chat_answers_as_without_a_draft(monkeypatch, capsys, flags):
     code, found, err = talk(monkeypatch, capsys, lines, "--kv-budget", "64", *flags)
     assert code == 0, err
     assert found == expected
+
+
+@pytest.mark.parametrize("flags", [["--prompt-lookup"], ["--draft-model", DEFAULT_MODEL]], ids=str)
+def test_a_chat_from_a_saved_prompt_answers_as_without_a_draft(monkeypatch, capsys, tmp_path, flags):
+    """The draft knows the saved prompt's tokens: prompt lookup quotes them, a draft model has read them."""
+    file, seen = str(tmp_path / "saved.safetensors"), []
+    code = cache_prompt.main(["--prompt", REPEATS * 4, "--prompt-cache-file", file, "--kv-budget", "64"])
+    assert code == 0
+    lines = "one two three one two three\nonce more: one two\n"
+    capsys.readouterr()
+    _, expected, _ = talk(monkeypatch, capsys, lines, "--prompt-cache-file", file)
+    speculate = Engine._speculate
+    monkeypatch.setattr(Engine, "_speculate", lambda self, *args: seen.append(args[-1]) or speculate(self, *args))
+    code, found, err = talk(monkeypatch, capsys, lines, "--prompt-cache-file", file, *flags)
+    assert code == 0, err
+    assert found == expected
+    own = zero_merge(read(file)[0])
+    assert len(seen[0].before) == own[0].offset
+    if seen[0].model is not None:
+        assert all(c.offset > own[0].offset for c in seen[-1].every)
 
 
 def test_someone_sees_what_drafts_and_how_much(monkeypatch, capsys):
