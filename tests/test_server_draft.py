@@ -97,6 +97,15 @@ def test_a_request_does_not_choose_the_draft(server):
     assert server.complete(PROMPTS[4]).choices[0].text
 
 
+def test_another_model_that_a_request_names_answers_without_the_draft(server, files):
+    other = files[1]
+    answer = server.client.completions.create(model=other, prompt=PROMPTS[4], max_tokens=12, temperature=0)
+    assert answer.choices[0].text == alone(PROMPTS[4])  # it is the same model in another place
+    assert server.kv["model"] == other and server.kv["draft_model"] is None
+    assert server.complete(PROMPTS[4]).choices[0].text == alone(PROMPTS[4])
+    assert server.kv["draft_model"] == other
+
+
 def test_a_draft_that_fits_with_the_model_no_more_is_refused_with_a_budget_that_works(files):
     _, draft, _ = files
     flags = ["--draft-model", draft, "--max-kv-memory", "9MB", "--kv-budget", "1024"]

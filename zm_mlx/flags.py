@@ -27,7 +27,7 @@ from .terminal import say
 DEFAULT_MODEL = str(Path(__file__).parent / "small_model")
 
 CODED = "--kv-bits rounds rows when a compaction passes them, from the first on"
-SPECULATIVE = "speculative decoding is zm_mlx.generate's and zm_mlx.chat's"
+SPECULATIVE = "speculative decoding is for zm_mlx.generate, zm_mlx.chat and zm_mlx.server"
 CODES = {
     "kv_bits": Range("8 or 4", int, 8, 8, BITS),
     "kv_group_size": Range("64 or 32", int, 64, 64, GROUPS),

@@ -103,7 +103,8 @@ class Provider(ModelProvider):  # type: ignore[misc]
         Raises:
             UserError: there is no such model.
         """
-        load_vocabulary(Source(asked.model, "model", asked.adapter, self.cli_args.trust_remote_code))
+        model, adapter, _ = self.key_of(asked)  # not every name is a place: the server's own model has several
+        load_vocabulary(Source(model, "model", adapter, self.cli_args.trust_remote_code))
 
     def reset(self) -> None:
         """Forget the model; mlx-lm calls it before it loads another."""

@@ -13,6 +13,7 @@ def report(served: Served, snapshots: Snapshots, batch: Any, running: int) -> di
     """Sequences, snapshots, bytes and the budget, in the thread that generates.
 
     ``bytes`` counts a snapshot and a sequence that began with it twice, though they share what neither has written.
+    What is held besides to take drafts back has its room in ``bytes_while_reading``, and is not counted.
     """
     slots, plan = served.slots, served.plan
     rows = [n for layout in plan.layouts for n in layout.rows]
