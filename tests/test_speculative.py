@@ -354,7 +354,6 @@ def test_a_draft_model_with_other_tokens_is_refused_by_its_flag(capsys, tmp_path
         (["--prompt-lookup", "--num-draft-tokens", "many"], "--num-draft-tokens must be"),
         (["--prompt-lookup", "--compare"], "--compare does not go with --prompt-lookup"),
         (["--draft-model", DEFAULT_MODEL, "--cache", "rotating"], "--cache rotating does not go with --draft-model"),
-        (["--draft-model", DEFAULT_MODEL, "--prompt-cache-file", "a"], "has not read the saved prompt"),
     ],
 )
 def test_drafts_that_do_not_work_are_one_line(capsys, argv, words):
