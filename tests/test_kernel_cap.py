@@ -34,7 +34,9 @@ def test_a_step_of_decoding_equals_the_plain_ops(executor, rows):
     decoding.check(given.with_call(cap=CAP), seeds=(1,), traced=rows != "split")
 
 
-@pytest.mark.parametrize(("check", "dtype"), [(pk.check_attend, mx.float16), (pk.check_score, mx.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("check", "dtype"), [(pk.check_attend, mx.float16), (pk.check_score, mx.float32)], ids=["attend", "score"]
+)
 def test_a_chunk_equals_the_plain_ops(check, dtype):
     given = pk.problem(pk.Case(dtype, (64, 64), 3, "ragged"))
     check(given.with_call(cap=CAP), seeds=(1,))
