@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -107,3 +108,22 @@ def answers(server):
         return server.get("/health")[0] == 200
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def watched(server):
+    """What the server says of its KV caches all the while: a list that grows."""
+    seen, over = [], threading.Event()
+
+    def watch():
+        while not over.is_set():
+            seen.append(server.kv)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()

@@ -1,15 +1,13 @@
 """python -m zm_mlx.server under OpenAI's own client: many at once, some that leave, repeats, and what is wrong."""
 
 import json
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 from mlx_lm.utils import load_tokenizer
-from served import serving
+from served import serving, watched
 
 from zm_mlx import plan_cache
 from zm_mlx.engine import Engine, Settings
@@ -50,20 +48,8 @@ def test_sixteen_at_once_are_answered_as_one_by_one_and_as_without_a_server(serv
 
 
 def test_the_cap_holds_at_every_moment_and_what_is_full_is_full_of_snapshots(server):
-    seen, over = [], threading.Event()
-
-    def watch():
-        while not over.is_set():
-            seen.append(server.kv)
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with watched(server) as seen:
         at_once(server, [LONG[40 * i :][:1500] for i in range(4)] + PROMPTS[:12])
-    finally:
-        over.set()
-        watcher.join()
     assert all(kv["bytes"] <= kv["max_bytes"] == 16_000_000 for kv in seen)
     assert all(kv["sequences"] + kv["snapshots"] <= kv["slots"] for kv in seen)
     assert max(kv["sequences"] for kv in seen) > 1

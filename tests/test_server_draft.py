@@ -3,15 +3,13 @@
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.sample_utils import make_logits_processors
-from served import serving
+from served import serving, watched
 from test_server import LONG, PROMPTS, alone
 from test_speculative import Noisy
 from tiny import assert_same_state, model, prompt
@@ -48,22 +46,9 @@ def server(files):
 
 
 def test_several_clients_get_the_text_without_a_draft_one_after_the_other_within_the_cap(server):
-    seen, over = [], threading.Event()
-
-    def watch():
-        while not over.is_set():
-            seen.append(server.kv)
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     asked = [PROMPTS[4], PROMPTS[11], LONG[:1500]]
-    try:
-        with ThreadPoolExecutor(3) as threads:
-            texts = [x.choices[0].text for x in threads.map(lambda p: server.complete(p, 40), asked)]
-    finally:
-        over.set()
-        watcher.join()
+    with watched(server) as seen, ThreadPoolExecutor(3) as threads:
+        texts = [x.choices[0].text for x in threads.map(lambda p: server.complete(p, 40), asked)]
     assert texts == [alone(p, 40) for p in asked]
     assert max(kv["sequences"] for kv in seen) == 1
     assert all(kv["bytes"] <= kv["max_bytes"] and kv["sequences"] + kv["snapshots"] <= kv["slots"] for kv in seen)
