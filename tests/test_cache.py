@@ -239,11 +239,12 @@ def test_two_thousand_decode_steps_leave_memory_flat():
     """Only the output is evaluated, as mlx-lm does: state must not pile up as graph, nor be copied."""
     q, k, v = tokens(0, 600, groups=2, dim=64)
     cache = tiny.cache(512)
-    give(cache, q, k, v, 100)
     mx.eval(q, k, v)
+    given = mx.get_active_memory()
+    give(cache, q, k, v, 100)
     whole = cache.nbytes
     assert whole > 512 * 1024
-    active, peaks, compactions = [], [], []
+    active, peaks, turns, compactions = [], [], [], []
     for step in range(2000):
         t = slice(step % 600, step % 600 + 1)
         mx.reset_peak_memory()
@@ -251,14 +252,17 @@ def test_two_thousand_decode_steps_leave_memory_flat():
         keys, values = cache.update_and_fetch(k[:, :, t], v[:, :, t])
         out = cache.attend(q[:, :, t], keys, values, 0.125)
         mx.eval(out)
-        (compactions if cache.layer.since_compaction == 0 else peaks).append(mx.get_peak_memory() - before)
+        since = cache.layer.since_compaction if step else 1
+        {0: compactions, 1: turns}.get(since, peaks).append(mx.get_peak_memory() - before)
         del out, keys, values
         active.append(mx.get_active_memory())
     assert cache.offset == 2600 and len(compactions) in (31, 32)
     active = active[cache.layout.staging :]  # until then constants of recorded steps are made
     assert max(active) - min(active) < whole / 100, "memory grows or is held by graph"
+    assert max(active) < given + whole * 1.05, "keys are held row by row and dimension by dimension"
     assert active[-1] <= active[100] + 4096
     assert max(peaks) < whole / 5, "a step allocates something of the cache's size"
+    assert max(turns) < whole / 2, "the kept keys are turned over after a compaction, and nothing else is"
     assert max(compactions) < 3 * whole
 
 

@@ -25,6 +25,7 @@ class Streaming:
     """Compacts each time the staging region is full: never more rows than the budget."""
 
     step: Step | None = field(default=None, compare=False)  # attention for one token, until the next compaction
+    holds: bool = field(default=False, compare=False)  # whether the step holds keys, of which the state has none then
     name: ClassVar[Prefill] = "streaming"
 
     @property
@@ -44,7 +45,8 @@ class Streaming:
         out, scores = ops.attend(call, state)
         since = state.since_compaction + call.length
         if since < ops.layout.staging:
-            return out, state._replace(scores=scores, since_compaction=since), self
+            phase = Streaming() if self.holds else self  # these queries have read the state's own keys
+            return out, state._replace(scores=scores, since_compaction=since), phase
         return out, ops.compact(state._replace(scores=scores, since_compaction=0)), Streaming()
 
     def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
@@ -58,12 +60,15 @@ class Streaming:
         kept, residuals, recent, scores, reading, departed, filled, since = state
         recent.write(filled, new)
         state = State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1)
-        step = self.step or ops.bind(call, state)
+        phase, step = self, self.step
+        if step is None:
+            step, bound = ops.bind(call, state)
+            phase = Streaming(step, holds=bound is not state)
+            kept, state = bound.kept, bound
         out, scores = step(call.queries, state)
         if since + 1 < ops.layout.staging:
-            state = State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1)
             # The output needs the new rows, and a step evaluates the scores with it.
-            return out, state, self if self.step else Streaming(step)
+            return out, State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1), phase
         state = ops.compact(State(kept, residuals, recent, scores, reading, departed, filled + 1, 0))
         return _with_arrays(out, state, self), state, Streaming()
 

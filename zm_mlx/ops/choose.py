@@ -62,18 +62,18 @@ class Operations:
             return self.attend(call, state)[0]
         return uncompressed.attend(call, state)
 
-    def bind(self, call: Call, state: State) -> Step:
+    def bind(self, call: Call, state: State, turned: bool = True) -> tuple[Step, State]:
         """``attend`` for one token after the other until the next compaction, as ``decode.bind``."""
         if self._on_metal("attend", state, call):
-            return attend.bind(call, state, self.layout, self.policy)
+            return attend.bind(call, state, self.layout, self.policy), state
         if call.queries.dtype == state.recent.dtype == mx.float32 and call.cap is None and self.layout.coding is None:
-            return decode.bind(call, state, self.layout, self.policy)
+            return decode.bind(call, state, self.layout, self.policy, turned)
 
         def step(queries: mx.array, state: State) -> tuple[mx.array, Scores]:
             out, scores = self.attend(call._replace(queries=queries), state)
             return mx.depends(out, list(scores)), scores
 
-        return step
+        return step, state
 
     def score(self, call: Call, state: State) -> Scores:
         """``attention.score``."""

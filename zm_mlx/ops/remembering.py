@@ -40,9 +40,9 @@ class Remembering(Operations):
         self.heard.append((call.length, state))
         return plain(self).attend_whole(call, state)
 
-    def bind(self, call: Call, state: State) -> Step:
+    def bind(self, call: Call, state: State, turned: bool = False) -> tuple[Step, State]:
         self.heard.append((1, state))
-        return plain(self).bind(call, state)  # which lasts for more than this call
+        return plain(self).bind(call, state, turned)  # which lasts for more than this call
 
     def blocks(self) -> list[tuple[int, State]]:
         """What was heard; nothing was if the call's one token took what an earlier one had bound."""

@@ -42,45 +42,45 @@ def _group(
     """
     heads, departed = slice(group.first_head, group.stop_head), state.departed
     old, residuals = state.kept.rectangles(group), state.residuals.of(group)
-    new = state.passed.map(lambda x: x[:, heads, :leaving])
+    new = state.passed.map(lambda x: x[:, heads])
     carried = (state.scores, state.reading) if state.reads else (state.scores,)
-    numbers = [(rectangle(x.kept, group), x.recent[:, heads, :leaving]) for x in carried]
-    old_scores, new_scores = numbers[0]
-    positions = mx.broadcast_to(mx.arange(departed, departed + leaving, dtype=mx.int32), new_scores.shape)
+    numbers = [(rectangle(x.kept, group), x.recent[:, heads, : new.shape[2]]) for x in carried]
+    old_scores = numbers[0][0]
+    positions = mx.broadcast_to(mx.arange(departed, departed + new.shape[2], dtype=mx.int32), new.shape)
 
     raw = state.competing(group, layout)
     if raw is None:
 
         def filled(x: mx.array, arriving: mx.array) -> mx.array:
-            return mx.concatenate([x[:, :, :departed], arriving, x[:, :, departed + leaving :]], axis=2)
+            return mx.concatenate([x[:, :, :departed], arriving[:, :, :leaving], x[:, :, departed + leaving :]], axis=2)
 
         rows = old.with_moving(zipped(old.rows.moving, new, filled))
-        kept = Kept(rows, filled(old.weight, mx.ones(new_scores.shape)), filled(old.position, positions))
+        kept = Kept(rows, filled(old.weight, mx.ones(new.shape)), filled(old.position, positions))
         return kept, residuals, [filled(*x) for x in numbers]
 
     fresh = departed <= group.rows
+    competing = raw if departed and group.rows else slice(0, 0)
 
     def pooled(x: mx.array, arriving: mx.array) -> mx.array:
-        return mx.concatenate([x[:, :, raw], arriving], axis=2) if departed and group.rows else arriving
+        return mx.concatenate([x[:, :, competing], arriving[:, :, :leaving]], axis=2)
 
-    pool = zipped(old.rows.moving, new, pooled)
-    pooled_numbers, positions = [pooled(*x) for x in numbers], pooled(old.position, positions)
-    worth = scores = pooled_numbers[0]
-    if importance is not state.scores:
-        worth = pooled(rectangle(importance.kept, group), importance.recent[:, heads, :leaving])
-    chosen, victims = policy.select(worth, group.context)
+    def moved(x: mx.array, arriving: mx.array) -> mx.array:
+        return _together(x, arriving, competing)[index]
+
+    worth = rectangle(importance.kept, group), importance.recent[:, heads]
+    chosen, victims = policy.select(pooled(*worth), group.context)
     # The first rows of the context are placeholders for the residual rows.
     places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
-    index = _index(places, scores.shape)
-    moved = old.with_moving(pool.map(lambda x: _take(x, index)))
-    kept = Kept(moved, mx.ones(places.shape), _take(positions, index))
-    taken = [_take(x, index) for x in pooled_numbers]
+    index = _index(places, competing, old.weight.shape[2], new.shape[2])
+    rows = old.with_moving(zipped(old.rows.moving, new, moved))
+    kept = Kept(rows, mx.ones(places.shape), moved(old.position, positions))
+    taken = [moved(*x) for x in numbers]
     if layout.residual:
         first = slice(0, layout.residual)
         rows = old.rows.residual_rows(layout.residual)
         merged = Merged(rows, old.weight[:, :, first], old_scores[:, :, first], residuals)
-        index = _index(victims, scores.shape)
-        merged = policy.merge(merged, pool.map(lambda x: _take(x, index)), _take(scores, index), fresh)
+        index = _index(victims, competing, old.weight.shape[2], new.shape[2])
+        merged = policy.merge(merged, zipped(old.rows.moving, new, moved), moved(*numbers[0]), fresh)
         residuals = merged.residuals
         kept = kept._replace(rows=kept.rows.with_residual(merged.rows))
         none = mx.full(merged.weight.shape, -1, mx.int32)
@@ -91,11 +91,23 @@ def _group(
     return kept, residuals, taken
 
 
-def _index(rows: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Rows [B, h, m] of arrays [B, h, n, …] counted over all heads: faster than element by element."""
-    batch, heads, n = shape
-    return rows + mx.arange(0, batch * heads * n, n, dtype=mx.int32).reshape(batch, heads, 1)
+def _together(kept: mx.array, recent: mx.array, competing: slice) -> mx.array:
+    """All rows of both stores, one behind the other: copied in two pieces, where a pool of each head takes many."""
+    stores = [kept, recent] if competing.stop > competing.start else [recent]
+    return mx.concatenate([x.flatten(1, 2) for x in stores], axis=1).flatten(0, 1)
 
 
-def _take(x: mx.array, index: mx.array) -> mx.array:
-    return x.flatten(0, 2)[index]
+def _index(rows: mx.array, competing: slice, kept: int, recent: int) -> mx.array:
+    """Where ``_together`` has rows [B, h, m] of the pool: its ``competing`` rows out of ``kept``, then recent ones."""
+    batch, heads, _ = rows.shape
+    old = competing.stop - competing.start
+    each = heads * ((kept if old else 0) + recent)
+
+    def first(begin: int, rows: int) -> mx.array:
+        """Of each sequence and head."""
+        head = mx.arange(begin, begin + heads * rows, rows, dtype=mx.int32)
+        return (mx.arange(0, batch * each, each, dtype=mx.int32)[:, None] + head)[..., None]
+
+    if not old:
+        return rows + first(0, recent)
+    return rows + mx.where(rows < old, first(competing.start, kept), first(heads * kept - old, recent))

@@ -4,6 +4,9 @@ While decoding, building and launching operations costs as much as their work. S
 compaction changes is bound once, and the operations of a step are recorded once by ``mx.compile``
 and replayed at each token. For that, shapes must stay the same for a while: attention reads a few
 rows more than are filled, and masks them.
+
+Keys are bound dimension by dimension: a matrix product of one query goes along them then, several rows at a time,
+where row by row it sums up one product after the other (2 to 3 times the time in MLX's own BLAS on Linux).
 """
 
 from collections.abc import Callable
@@ -14,20 +17,29 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Group, Layout
+from ...state.mixed import numbers_of
 from ...state.rows import Dense
 from ...state.state import Call, Scores, State, Step
 from .attention import compensated, softmax
 
 
-def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
+def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool = True) -> tuple[Step, State]:
     """``attend`` until the next compaction, for queries [B, H * G, 1, D] and rows in float32.
+
+    Args:
+        turned: bind keys dimension by dimension, once the kept rows are full. Nothing but the step may read the keys
+            of the state often then, for they are computed from what it bound when somebody does.
 
     Returns:
         A function of the queries and of a state in which one more token is filled; its results are
-        those of ``attention.attend``, evaluated together.
+        those of ``attention.attend``, evaluated together. And the state, with the bound keys behind its own.
     """
     read = _rows_to_read(layout, state.departed)
-    rows = [tuple(_Bound.of(group, state, layout, policy, read)) for group in layout.groups]
+    bound = [_Bound.of(group, state, layout, policy, read) for group in layout.groups]
+    if turned and read >= layout.groups[0].rows:
+        bound = [b._replace(keys=mx.contiguous(b.keys)) for b in bound]
+        state = _reading_from(bound, state)
+    rows = [tuple(b) for b in bound]
     sinks = None if call.sinks is None else call.sinks.astype(mx.float32).reshape(layout.heads, -1)
     most, some = layout.recent, max(1, layout.staging // 8)
     scale = call.scale
@@ -43,7 +55,14 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
         out, kept, new = compiled(queries, rows, state.scores, recent, mx.array(filled), sinks)
         return out, Scores(kept, new)
 
-    return step
+    return step, state
+
+
+def _reading_from(bound: "list[_Bound]", state: State) -> State:
+    """The state whose kept keys are those of the bound rows, and take memory only from when they are read."""
+    keys = mx.concatenate([b.keys.swapaxes(2, 3).flatten(1, 2) for b in bound], axis=1)
+    kept = state.kept._replace(rows=Dense(keys, numbers_of(state.kept.rows).values))
+    return state._replace(kept=kept)
 
 
 class _Bound(NamedTuple):
