@@ -5,7 +5,8 @@
 
 Two caches take turns step by step, so that both see the same machine; a ratio is one of speeds or
 times in one run, and the brackets hold its smallest and largest value over the rounds. A ZeroMerge
-step is the median of the plain ones, and of the compacting ones with their share of 1/S.
+step is the median of the plain ones, and, each with its share of 1/S, of those that compact and of those
+that come next, which bind what the compaction left.
 
 attention  one layer while decoding (update, attention, scores, compaction) against mlx-lm's rotating
            cache with the same N, full of random rows, each step evaluated by itself
@@ -36,7 +37,7 @@ from typing import Any
 
 import mlx.core as mx
 from bench_memory import environment
-from bench_memory_caches import Cache, epoch, stream
+from bench_memory_caches import Cache, stream
 from bench_memory_point import SYNTHETIC, load_model
 from mlx_lm.models.cache import RotatingKVCache
 from tqdm import tqdm
@@ -248,20 +249,23 @@ def _pairs(
         step()
     found = []
     for _ in tqdm(range(rounds), desc=name, leave=False):
-        plain: list[list[float]] = [[] for _ in steps]
-        rare: list[list[float]] = [[] for _ in steps]
+        seconds: list[dict[str, list[float]]] = [{"plain": [], "compacts": [], "binds": []} for _ in steps]
         for _ in range(2 * period):
             for i, step in enumerate(steps):
                 cache = ours if i == len(steps) - 1 else first
-                before = epoch(cache) if cache else 0
                 begun = time.perf_counter()
                 step()
-                seconds = time.perf_counter() - begun
-                (rare if cache and epoch(cache) != before else plain)[i].append(seconds)
-        usual = [statistics.median(p) for p in plain]
-        share = [(statistics.median(r) - u) / period if r else 0.0 for r, u in zip(rare, usual, strict=True)]
-        found.append([u + s for u, s in zip(usual, share, strict=True)])
+                since = cache.layer.since_compaction if cache else None
+                kind = {0: "compacts", 1: "binds"}.get(since, "plain")
+                seconds[i][kind].append(time.perf_counter() - begun)
+        found.append([_mean(s, period) for s in seconds])
     return found
+
+
+def _mean(seconds: dict[str, list[float]], period: int) -> float:
+    """Seconds of a step over a period, in which one compacts and one binds, from the medians of each kind."""
+    usual, *rare = (statistics.median(x) if x else None for x in seconds.values())
+    return usual + sum(x - usual for x in rare if x is not None) / period
 
 
 def _compared(seconds: list[list[float]], other: str, ours: str) -> Row:

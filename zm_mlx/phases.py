@@ -243,8 +243,10 @@ def take(phase: Phase, call: Call, new: Dense, state: State, ops: Operations) ->
         output [B, H * G, L, Dv] in the dtype of the queries, and what state and phase follow.
     """
     length = call.length
-    state, phase = phase.prepared(state, call, ops)
     if length == 1 and isinstance(phase, Streaming):
+        return phase.token(call, new, state, ops)
+    state, phase = phase.prepared(state, call, ops)
+    if length == 1 and isinstance(phase, Streaming):  # a prompt has ended with its announced tokens to come
         return phase.token(call, new, state, ops)
     outputs: list[mx.array] = []
     begin = 0

@@ -260,11 +260,13 @@ class State(NamedTuple):
 
     def takes(self, new: Dense) -> bool:
         """Whether new rows [B, H, L] have the batch, heads, dims and dtype of these."""
-        mine = self.newest
+        keys, values = self.newest
+        batch, heads, _, dim = keys.shape
+        length = new.keys.shape[2]
         return bool(
-            new.shape[:2] == mine.shape[:2]
-            and (new.head_dim, new.value_dim) == (mine.head_dim, mine.value_dim)
-            and new.dtype == mine.dtype
+            new.keys.shape == (batch, heads, length, dim)
+            and new.values.shape == (batch, heads, length, values.shape[3])
+            and new.keys.dtype == keys.dtype
         )
 
     def arrays(self) -> list[mx.array]:

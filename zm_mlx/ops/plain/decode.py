@@ -20,7 +20,7 @@ from ...state.layout import Group, Layout
 from ...state.mixed import numbers_of
 from ...state.rows import Dense
 from ...state.state import Call, Scores, State, Step
-from .attention import compensated, softmax
+from .attention import softmax
 
 
 def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool = True) -> tuple[Step, State]:
@@ -35,14 +35,14 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool 
         those of ``attention.attend``, evaluated together. And the state, with the bound keys behind its own.
     """
     read = _rows_to_read(layout, state.departed)
-    bound = [_Bound.of(group, state, layout, policy, read) for group in layout.groups]
+    bound = [_Bound.of(group, state, policy, read) for group in layout.groups]
     if turned and read >= layout.groups[0].rows:
         bound = [b._replace(keys=mx.contiguous(b.keys)) for b in bound]
         state = _reading_from(bound, state)
     rows = [tuple(b) for b in bound]
     sinks = None if call.sinks is None else call.sinks.astype(mx.float32).reshape(layout.heads, -1)
     most, some = layout.recent, max(1, layout.staging // 8)
-    scale = call.scale
+    hiding, scale = _hiding(most), call.scale
 
     by_reach: dict[int, Callable[..., tuple[mx.array, mx.array, mx.array]]] = {}
 
@@ -52,7 +52,8 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool 
         compiled = by_reach.get(reach)
         if compiled is None:
             compiled = by_reach[reach] = _compiled(layout, policy, scale, read, reach)
-        out, kept, new = compiled(queries, rows, state.scores, recent, mx.array(filled), sinks)
+        hidden = hiding[most - filled : most - filled + reach]
+        out, kept, new = compiled(queries, rows, state.scores, recent, hidden, sinks)
         return out, Scores(kept, new)
 
     return step, state
@@ -70,17 +71,23 @@ class _Bound(NamedTuple):
 
     keys: mx.array  # [B, h, D, rows]
     values: mx.array  # [B, h, rows, Dv]
-    log_mass: mx.array  # [B, h, 1, R], or of all rows as long as they are raw; -inf where empty
+    log_mass: mx.array  # [B, h, 1, rows], -inf where empty
     spread: mx.array  # [B, h, 1, R], or nothing as long as they are raw
 
     @classmethod
-    def of(cls, group: Group, state: State, layout: Layout, policy: Policy, read: int) -> "_Bound":
+    def of(cls, group: Group, state: State, policy: Policy, read: int) -> "_Bound":
         kept = state.kept.of(group).first(min(read, group.rows))
-        merged = read > group.rows
-        weight = kept.weight[:, :, None, : layout.residual] if merged else kept.weight[:, :, None]
         spread = state.residuals.of(group).spread[:, :, None]
+        if read <= group.rows:
+            spread = spread[..., :0]
         keys, values = kept.rows.dense()  # which are numbers in float32
-        return cls(keys.swapaxes(2, 3), values, policy.log_mass(weight), spread if merged else spread[..., :0])
+        return cls(keys.swapaxes(2, 3), values, policy.log_mass(kept.weight)[:, :, None], spread)
+
+    def logits(self, queries: mx.array, scale: float, policy: Policy) -> list[mx.array]:
+        """The compensated logits of ``attention.attend`` for queries [B, h, G, D], cut behind those that are lifted."""
+        logits, lifted = mx.addmm(self.log_mass, queries, self.keys, alpha=scale), self.spread.shape[-1]
+        lift = policy.lift(self.spread, queries * scale) if lifted else None
+        return [logits] if lift is None else [logits[..., :lifted] + lift, logits[..., lifted:]]
 
 
 def _rows_to_read(layout: Layout, departed: int) -> int:
@@ -92,32 +99,38 @@ def _rows_to_read(layout: Layout, departed: int) -> int:
     return min(departed + -departed % eighth, *(g.rows for g in layout.groups if g.rows >= departed))
 
 
+@lru_cache(maxsize=64)
+def _hiding(rows: int) -> mx.array:
+    """What is added to logits, from row ``rows - n`` on: nothing to those of n rows, -inf to those behind them."""
+    found = mx.concatenate([mx.zeros(rows), mx.full(rows, -mx.inf)])
+    mx.eval(found)
+    return found
+
+
 @lru_cache(maxsize=1024)
 def _compiled(
     layout: Layout, policy: Policy, scale: float, read: int, reach: int
 ) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
     """A step over the first ``read`` kept rows of each head and the first ``reach`` recent ones."""
-    recent_rows = mx.arange(reach)
-    mx.eval(recent_rows)
 
     def step(
         queries: mx.array,
         kept: list[tuple[mx.array, ...]],
         scores: tuple[mx.array, mx.array],
         recent: tuple[mx.array, mx.array],
-        filled: mx.array,
+        hidden: mx.array,
         sinks: mx.array | None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         batch, query_heads, _, dim = queries.shape
-        q = (queries * scale).reshape(batch, layout.heads, -1, dim)
+        q = queries.reshape(batch, layout.heads, -1, dim)
         outputs, on_kept, on_recent = [], [], []
         for group, bound in zip(layout.groups, map(_Bound._make, kept), strict=True):
             heads = slice(group.first_head, group.stop_head)
             new = Dense(*recent).map(_part(heads, reach))
             of_group, rows = q[:, heads], bound.values.shape[2]
-            logits = [mx.where(recent_rows < filled, new.dots(of_group), -mx.inf)]
+            logits = [mx.addmm(hidden, of_group, new.keys.swapaxes(2, 3), alpha=scale)]
             if rows:
-                logits[:0] = compensated(of_group @ bound.keys, bound.log_mass, bound.spread, of_group, policy)
+                logits[:0] = bound.logits(of_group, scale, policy)
             p = softmax(logits, None if sinks is None else sinks[heads])
             p_kept, p_recent = p[..., :rows], p[..., rows:]
             out = new.weigh(p_recent)
