@@ -24,8 +24,9 @@ from . import __version__
 from .calibration import finding
 from .calibration.table import MAKER, Table, TableError
 from .ops import check
-from .ops.choose import has_metal
+from .ops.choose import CODED, has_metal
 from .ops.kernels._common import DTYPES, HEAD_DIMS, metal_folder
+from .state.coding import BITS, Coding, CodingError
 
 GROUPS = (1, 4, 7)
 REPEATS = 5
@@ -33,10 +34,11 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one combination of dtype and shapes; times in milliseconds."""
+    """One kernel on one combination of dtype, bits of a code (none: rows are numbers) and shapes; milliseconds."""
 
     kernel: str
     dtype: str
+    bits: int | None
     head_dim: int
     groups: int
     rows: int
@@ -76,18 +78,29 @@ def examine(
 ) -> list[Row]:
     """All kernels over all combinations, ``count`` rows per head."""
     found = []
-    for name, dtype, dim, group in tqdm(
-        list(product(check.NAMES, dtypes, head_dims, groups)), unit="case", leave=False
-    ):
-        case = check.Case(dtype, dim, dim, group, rows=count)
+    cases = [
+        (name, check.Case(dtype, dim, dim, group, rows=count, coding=coding))
+        for name, dtype, dim, group in product(check.NAMES, dtypes, head_dims, groups)
+        for coding in (None, *(_codings(dim) if name in CODED else ()))
+    ]
+    for name, case in tqdm(cases, unit="case", leave=False):
         try:
             outcome = check.compare(name, case)
             error, complaint = outcome.error, outcome.complaint
             times = _times(name, case)
         except Exception as failure:  # whatever a shader compiler says belongs into the report
             error, complaint, times = float("inf"), f"{type(failure).__name__}: {failure}", (0.0, 0.0)
-        found.append(Row(name, str(dtype).rpartition(".")[2], dim, group, count, error, *times, complaint))
+        dtype, bits = str(case.dtype).rpartition(".")[2], case.coding and case.coding.bits
+        found.append(Row(name, dtype, bits, case.head_dim, case.groups, count, error, *times, complaint))
     return found
+
+
+def _codings(dim: int) -> list[Coding]:
+    """In which rows of this head dim are stored, besides as numbers."""
+    try:
+        return [Coding.fitting(bits, None, (dim,)) for bits in BITS]
+    except CodingError:
+        return []
 
 
 def _times(name: str, case: check.Case) -> tuple[float, float]:
@@ -108,11 +121,13 @@ def _milliseconds(name: str, operation: Callable[..., Any], given: check.Problem
 def table(rows: list[Row]) -> str:
     if not rows:
         return f"No Metal GPU here: the kernels in {metal_folder()} were not run, plain MLX operations compute."
-    lines = [f"{'kernel':<14}{'dtype':<10}{'D':>5}{'G':>4}{'rows':>7}{'error':>9}{'kernel ms':>11}{'ops ms':>9}  "]
+    lines = [
+        f"{'kernel':<14}{'dtype':<10}{'bits':>4}{'D':>5}{'G':>4}{'rows':>7}{'error':>9}{'kernel ms':>11}{'ops ms':>9}  "
+    ]
     for r in rows:
         verdict = "OK" if not r.complaint else r.complaint
         lines.append(
-            f"{r.kernel:<14}{r.dtype:<10}{r.head_dim:>5}{r.groups:>4}{r.rows:>7}{r.error:>9.2g}"
+            f"{r.kernel:<14}{r.dtype:<10}{r.bits or '':>4}{r.head_dim:>5}{r.groups:>4}{r.rows:>7}{r.error:>9.2g}"
             f"{r.kernel_ms:>11.3f}{r.ops_ms:>9.3f}  {verdict}"
         )
     return "\n".join([*lines, "(error: largest difference from the plain ops, 1 is the limit)"])
