@@ -1,5 +1,7 @@
 """zm_mlx/ops/plain/decode.py: recorded and replayed steps against the plain ops of any number of queries."""
 
+import copy
+import gc
 import threading
 
 import mlx.core as mx
@@ -82,6 +84,33 @@ def test_scores_do_not_pile_up_as_graph_between_compactions(dtype):
         active.append(mx.get_active_memory())
     assert cache.layer.since_compaction > 50, "a compaction evaluates everything"
     assert max(active[5:]) - min(active[5:]) < cache.nbytes / 50
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["original", "copy"])
+def test_of_two_copies_the_one_that_rests_does_not_hold_its_keys_twice(first):
+    """A step holds keys dimension by dimension, and the state's own are computed from them when somebody reads them."""
+    cache = tiny.cache(512)
+    new = [mx.random.normal((1, 2, 530, 64)) for _ in range(3)]
+    one = [x[:, :, :1] for x in new]
+    mx.eval(*one)
+    before = mx.get_active_memory()
+    mx.eval(cache.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125))
+
+    def decode(cache, tokens):
+        for _ in range(tokens):
+            mx.eval(cache.attend(one[0], *cache.update_and_fetch(*one[1:]), 0.125))
+
+    decode(cache, 3)
+    del new
+    both = [cache, copy.deepcopy(cache)]
+    decode(both[first], cache.layout.staging + 3)
+    assert both[0].layer.departed != both[1].layer.departed, "one of them has compacted"
+    held = sum(c.nbytes for c in both)
+    gc.collect()
+    assert mx.get_active_memory() - before < 1.05 * held
+    decode(both[1 - first], 3)
+    gc.collect()
+    assert mx.get_active_memory() - before < 1.05 * held
 
 
 def test_steps_are_recorded_a_few_times_and_not_at_each_token():

@@ -110,8 +110,7 @@ class ZeroMergeCache:
     @kernels.setter
     def kernels(self, kernels: Mode) -> None:
         self.operations = replace(self.operations, kernels=kernels)
-        if isinstance(self.phase, Streaming):
-            self.phase = Streaming()  # without what was bound
+        self.unbind()
 
     @property
     def pending(self) -> bool:
@@ -163,6 +162,11 @@ class ZeroMergeCache:
     def drop_update(self) -> None:
         """Forget an update that will not be attended, because an exception ended its call of the model."""
         self._pending = None
+
+    def unbind(self) -> None:
+        """Forget what decoding steps have bound, which the next one binds again."""
+        if isinstance(self.phase, Streaming):
+            self.phase = Streaming()
 
     # ---- the update, in two halves around the model's own call of attention
 
@@ -301,6 +305,7 @@ class ZeroMergeCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroMergeCache":
         """A copy that takes no memory until one of the two is written; mlx-lm makes many."""
+        self.unbind()  # or the one that rests would hold its keys twice, once the other reads them
         twin = copy.copy(self)
         twin.layer = self.layer and self.layer.branch()
         twin.log = None  # a copy is in no scope

@@ -255,6 +255,8 @@ def _settle(every: Sequence[Any], begun: Sequence[int], most: int | None, failed
         for cache, tokens in zip(every, came, strict=True):
             _give_back(cache, max(0, tokens - most))
     # What was taken last, or once more, is not computed yet, and would keep what it is computed from.
+    for cache in own:
+        cache.unbind()
     mx.eval([c.layer.arrays() for c in own if c.layer is not None])
 
 
