@@ -1,6 +1,7 @@
 """The second reading of a prompt: what it shows, that it stores nothing, and who drives it."""
 
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -165,9 +166,12 @@ def test_what_was_never_read_is_ranked_by_attention(rows):
 # ---- it stores nothing
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
-def test_a_second_reading_changes_nothing_but_the_reading(model, prefill, monkeypatch):
+def test_a_second_reading_changes_nothing_but_the_reading(model, prefill, bits, monkeypatch):
     prompt, seen = tiny.prompt(70)[0], []
+    if bits:
+        model = tiny.model(head_dim=32)
     again = module._again
 
     def watched(model, piece, caches):
@@ -182,8 +186,10 @@ def test_a_second_reading_changes_nothing_but_the_reading(model, prefill, monkey
         seen.append(piece.size)
 
     monkeypatch.setattr(module, "_again", watched)
-    zm_mlx.prefill(model, prompt, caches_of(model, 71, prefill))
+    caches = caches_of(model, 71, prefill, replace(REREAD, kv_bits=bits))
+    zm_mlx.prefill(model, prompt, caches)
     assert seen == [14] * 5  # equal pieces
+    assert all((c.layout.coding is not None) == bool(bits) for c in caches)
 
 
 def test_the_first_reading_of_an_exact_prompt_is_that_of_attention(model):
