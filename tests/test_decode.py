@@ -30,8 +30,7 @@ def fed(rows, policy, tokens, groups, *, dim=16, value_dim=8):
 def both(cache, queries, sinks=None, scale=0.25):
     """Output and scores of a replayed step, and of the plain ops."""
     given = (Call(queries, scale, sinks), cache.layer, cache.layout, cache.policy)
-    step, state = decode.bind(*given)
-    out, scores = step(queries, state)
+    out, scores = decode.bind(*given).step(queries, cache.layer)
     expected, expected_scores = attention.attend(*given)
     return (out, *scores), (expected, *expected_scores)
 

@@ -363,4 +363,4 @@ def test_processes_share_a_cold_cache(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert [worker.communicate()[0].strip() for worker in workers] == ["8.0", "8.0"]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".ok", ".so", ".so"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".ok", ".pch", ".so", ".so"]

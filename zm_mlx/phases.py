@@ -13,7 +13,7 @@ from .ops.choose import Operations
 from .policies.policy import Policy
 from .state.layout import Layout
 from .state.rows import Dense, after
-from .state.state import Call, Scores, State, Step
+from .state.state import Bound, Call, Scores, State
 
 Prefill = Literal["exact", "streaming"]
 PIECE = 512  # tokens that are read again together, at most
@@ -22,10 +22,13 @@ FEWEST = 128  # queries to which a residual row is fitted: it has as many number
 
 @dataclass(frozen=True)
 class Streaming:
-    """Compacts each time the staging region is full: never more rows than the budget."""
+    """Compacts each time the staging region is full: never more rows than the budget.
 
-    step: Step | None = field(default=None, compare=False)  # attention for one token, until the next compaction
-    holds: bool = field(default=False, compare=False)  # whether the step holds keys, of which the state has none then
+    Args:
+        bound: attention for one token, until the next compaction.
+    """
+
+    bound: Bound | None = field(default=None, compare=False)
     name: ClassVar[Prefill] = "streaming"
 
     @property
@@ -42,39 +45,44 @@ class Streaming:
 
     def block(self, call: Call, state: State, ops: Operations) -> "Taken":
         """Attend to tokens that are stored already, take over the scores, compact where it is due."""
+        state = self._own(state)
         out, scores = ops.attend(call, state)
         since = state.since_compaction + call.length
         if since < ops.layout.staging:
-            phase = Streaming() if self.holds else self  # these queries have read the state's own keys
+            phase = Streaming() if self.bound and self.bound.keys else self  # or keys would be held twice
             return out, state._replace(scores=scores, since_compaction=since), phase
         return out, ops.compact(state._replace(scores=scores, since_compaction=0)), Streaming()
 
     def prepared(self, state: State, call: Call, ops: Operations) -> "tuple[State, Phase]":
         """A prompt whose tokens are replayed is held in pieces: as long as a piece, whatever the budget."""
-        if call.length == 1 or not ops.replays:
+        if not ops.replays:
             return state, self
-        return Piece(PIECE, state.seen).prepared(state, call, ops)
+        return Piece(PIECE, state.seen).prepared(self._own(state), call, ops)
 
     def token(self, call: Call, new: Dense, state: State, ops: Operations) -> "Taken":
         """``take`` for one token, with as little Python as it takes."""
         kept, residuals, recent, scores, reading, departed, filled, since = state
         recent.write(filled, new)
         state = State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1)
-        phase, step = self, self.step
-        if step is None:
-            step, bound = ops.bind(call, state)
-            phase = Streaming(step, holds=bound is not state)
-            kept, state = bound.kept, bound
-        out, scores = step(call.queries, state)
+        phase, bound = self, self.bound
+        if bound is None:
+            bound = ops.bind(call, state)
+            phase, kept = Streaming(bound), bound.read(state).kept
+        out, scores = bound.step(call.queries, state)
         if since + 1 < ops.layout.staging:
             # The output needs the new rows, and a step evaluates the scores with it.
             return out, State(kept, residuals, recent, scores, reading, departed, filled + 1, since + 1), phase
-        state = ops.compact(State(kept, residuals, recent, scores, reading, departed, filled + 1, 0))
+        state = bound.read(State(kept, residuals, recent, scores, reading, departed, filled + 1, 0))
+        state = ops.compact(state)
         return _with_arrays(out, state, self), state, Streaming()
 
     def finish(self, state: State, ops: Operations) -> State:
         """Nothing to do: nothing is held back."""
-        return state
+        return self._own(state)
+
+    def _own(self, state: State) -> State:
+        """The state, to be read by others than what is bound."""
+        return self.bound.read(state) if self.bound else state
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,7 @@ def take(phase: Phase, call: Call, new: Dense, state: State, ops: Operations) ->
     if length == 1 and isinstance(phase, Streaming):
         return phase.token(call, new, state, ops)
     state, phase = phase.prepared(state, call, ops)
-    if length == 1 and isinstance(phase, Streaming):  # a prompt has ended with its announced tokens to come
+    if length == 1 and isinstance(phase, Streaming):  # decoding has begun, and ended its prompt
         return phase.token(call, new, state, ops)
     outputs: list[mx.array] = []
     begin = 0

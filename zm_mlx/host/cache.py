@@ -305,7 +305,6 @@ class ZeroMergeCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroMergeCache":
         """A copy that takes no memory until one of the two is written; mlx-lm makes many."""
-        self.unbind()  # or the one that rests would hold its keys twice, once the other reads them
         twin = copy.copy(self)
         twin.layer = self.layer and self.layer.branch()
         twin.log = None  # a copy is in no scope

@@ -19,7 +19,7 @@ from ..policies.policy import Policy
 from ..state.coding import Coding
 from ..state.layout import Layout
 from ..state.rows import Dense
-from ..state.state import Call, Scores, State, Step
+from ..state.state import Bound, Call, Scores, State
 from . import check
 from .kernels import attend, attend_chunk, compact, score
 from .kernels._common import serves
@@ -62,10 +62,10 @@ class Operations:
             return self.attend(call, state)[0]
         return uncompressed.attend(call, state)
 
-    def bind(self, call: Call, state: State, turned: bool = True) -> tuple[Step, State]:
+    def bind(self, call: Call, state: State, turned: bool = True) -> Bound:
         """``attend`` for one token after the other until the next compaction, as ``decode.bind``."""
         if self._on_metal("attend", state, call):
-            return attend.bind(call, state, self.layout, self.policy), state
+            return attend.bind(call, state, self.layout, self.policy)
         if call.queries.dtype == state.recent.dtype == mx.float32 and call.cap is None and self.layout.coding is None:
             return decode.bind(call, state, self.layout, self.policy, turned)
 
@@ -73,7 +73,7 @@ class Operations:
             out, scores = self.attend(call._replace(queries=queries), state)
             return mx.depends(out, list(scores)), scores
 
-        return step, state
+        return Bound(step)
 
     def score(self, call: Call, state: State) -> Scores:
         """``attention.score``."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..errors import UnsupportedModelError
 from ..state.rows import after
-from ..state.state import Call, Scores, State, Step
+from ..state.state import Bound, Call, Scores, State
 from .choose import Operations
 
 
@@ -40,7 +40,7 @@ class Remembering(Operations):
         self.heard.append((call.length, state))
         return plain(self).attend_whole(call, state)
 
-    def bind(self, call: Call, state: State, turned: bool = False) -> tuple[Step, State]:
+    def bind(self, call: Call, state: State, turned: bool = False) -> Bound:
         self.heard.append((1, state))
         return plain(self).bind(call, state, turned)  # which lasts for more than this call
 

@@ -341,7 +341,26 @@ class State(NamedTuple):
         return slice(0, self.departed) if self.departed <= group.rows else slice(layout.residual, group.rows)
 
 
-Step = Callable[[mx.array, State], tuple[mx.array, Scores]]  # attention for queries of one more token, see decode.py
+class Bound(NamedTuple):
+    """Attention for one token after the other until the next compaction.
+
+    step: of the queries of a token and of a state in which it is filled: output and scores, evaluated together.
+    keys: all kept keys as the step holds them, [B, heads, D, rows] of each group; none where it holds none.
+    """
+
+    step: Callable[[mx.array, State], tuple[mx.array, Scores]]
+    keys: tuple[mx.array, ...] = ()
+
+    def read(self, state: State) -> State:
+        """The state with kept keys that follow from the step's own, and take memory only once they are read.
+
+        Each reader takes its own, or what one has read would be held for all others, beside what the step holds.
+        """
+        if not self.keys:
+            return state
+        keys = mx.concatenate([x.swapaxes(2, 3).flatten(1, 2) for x in self.keys], axis=1)
+        rows = Dense(keys, numbers_of(state.kept.rows).values)
+        return state._replace(kept=state.kept._replace(rows=rows))
 
 
 def rectangle(x: mx.array, group: Group) -> mx.array:

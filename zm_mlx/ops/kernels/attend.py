@@ -7,7 +7,7 @@ import mlx.core as mx
 from ...policies.policy import Policy
 from ...state.layout import Layout
 from ...state.mixed import Held, Mixed, numbers_of
-from ...state.state import Call, Scores, State, Step
+from ...state.state import Bound, Call, Scores, State
 from ._common import SIMD, TILE, addressable, kernel, present
 
 THREADS = 8 * SIMD
@@ -47,10 +47,10 @@ def attend(call: Call, state: State, layout: Layout, policy: Policy) -> tuple[mx
         output [B, H * G, 1, Dv] in the dtype of the queries; the new scores (0 past the filled rows
         of the recent store).
     """
-    return bind(call, state, layout, policy)(call.queries, state)
+    return bind(call, state, layout, policy).step(call.queries, state)
 
 
-def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
+def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Bound:
     """``attend`` until the next compaction, as ``decode.bind``: what stays the same is bound once."""
     batch, query_heads, _, dim = call.queries.shape
     heads, dtype, value_dim = layout.heads, call.queries.dtype, state.recent.value_dim
@@ -99,7 +99,7 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy) -> Step:
             )
         return out, Scores(on_kept if has_kept else kept_score, on_recent)
 
-    return step
+    return Bound(step)
 
 
 def _numbers(call: Call, state: State, layout: Layout, policy: Policy, capacity: int) -> Arguments:

@@ -46,25 +46,17 @@ def score(call: Call, state: State, layout: Layout, policy: Policy) -> Scores:
 def compensated(
     dots: mx.array, log_mass: mx.array, spread: mx.array, queries: mx.array, policy: Policy
 ) -> list[mx.array]:
-    """Logits of kept rows, cut where the next kind of row begins; the compensated logit of ``attend``.
+    """Logits of kept rows, cut behind those that are lifted; the compensated logit of ``attend``.
 
     Args:
         dots: of scaled queries with all rows, [..., n].
-        log_mass: α log weight of the first rows, [..., w]; the others are raw.
-        spread: of the residual rows, [..., R]; as many as have a mass are lifted.
+        log_mass: α log weight, [..., n].
+        spread: of the residual rows, [..., R], which are the first ones.
         queries: scaled, [..., D].
     """
-    weighed = log_mass.shape[-1]
-    lifted = min(spread.shape[-1], weighed)
+    weighed, lifted = dots + log_mass, min(spread.shape[-1], dots.shape[-1])
     lift = policy.lift(spread[..., :lifted], queries) if lifted else None
-    if lift is None:
-        lifted = 0
-    parts = [] if lift is None else [dots[..., :lifted] + (log_mass[..., :lifted] + lift)]
-    if lifted < weighed:
-        parts.append(dots[..., lifted:weighed] + log_mass[..., lifted:])
-    if weighed < dots.shape[-1]:
-        parts.append(dots[..., weighed:])
-    return parts
+    return [weighed] if lift is None else [weighed[..., :lifted] + lift, weighed[..., lifted:]]
 
 
 def capped(dots: mx.array, cap: float | None) -> mx.array:

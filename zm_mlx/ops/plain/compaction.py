@@ -61,26 +61,25 @@ def _group(
     fresh = departed <= group.rows
     competing = raw if departed and group.rows else slice(0, 0)
 
-    def pooled(x: mx.array, arriving: mx.array) -> mx.array:
-        return mx.concatenate([x[:, :, competing], arriving[:, :, :leaving]], axis=2)
+    def together(x: mx.array, arriving: mx.array) -> mx.array:
+        return _together(x, arriving, competing)
 
-    def moved(x: mx.array, arriving: mx.array) -> mx.array:
-        return _together(x, arriving, competing)[index]
-
-    worth = rectangle(importance.kept, group), importance.recent[:, heads]
-    chosen, victims = policy.select(pooled(*worth), group.context)
+    pool, positions = zipped(old.rows.moving, new, together), together(old.position, positions)
+    pooled_numbers = [together(*x) for x in numbers]
+    worth = [rectangle(importance.kept, group)[:, :, competing], importance.recent[:, heads, :leaving]]
+    chosen, victims = policy.select(mx.concatenate(worth, axis=2), group.context)
     # The first rows of the context are placeholders for the residual rows.
     places = mx.pad(chosen, [(0, 0), (0, 0), (layout.residual, 0)])
-    index = _index(places, competing, old.weight.shape[2], new.shape[2])
-    rows = old.with_moving(zipped(old.rows.moving, new, moved))
-    kept = Kept(rows, mx.ones(places.shape), moved(old.position, positions))
-    taken = [moved(*x) for x in numbers]
+    index = _index(places, competing, group.rows, new.shape[2])
+    moved = old.with_moving(pool.map(lambda x: x[index]))
+    kept = Kept(moved, mx.ones(places.shape), positions[index])
+    taken = [x[index] for x in pooled_numbers]
     if layout.residual:
         first = slice(0, layout.residual)
         rows = old.rows.residual_rows(layout.residual)
         merged = Merged(rows, old.weight[:, :, first], old_scores[:, :, first], residuals)
-        index = _index(victims, competing, old.weight.shape[2], new.shape[2])
-        merged = policy.merge(merged, zipped(old.rows.moving, new, moved), moved(*numbers[0]), fresh)
+        index = _index(victims, competing, group.rows, new.shape[2])
+        merged = policy.merge(merged, pool.map(lambda x: x[index]), pooled_numbers[0][index], fresh)
         residuals = merged.residuals
         kept = kept._replace(rows=kept.rows.with_residual(merged.rows))
         none = mx.full(merged.weight.shape, -1, mx.int32)
@@ -92,7 +91,7 @@ def _group(
 
 
 def _together(kept: mx.array, recent: mx.array, competing: slice) -> mx.array:
-    """All rows of both stores, one behind the other: copied in two pieces, where a pool of each head takes many."""
+    """All rows of both stores [B, h, n, …], one behind the other: two pieces to copy, and not two for each head."""
     stores = [kept, recent] if competing.stop > competing.start else [recent]
     return mx.concatenate([x.flatten(1, 2) for x in stores], axis=1).flatten(0, 1)
 

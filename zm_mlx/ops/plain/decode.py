@@ -17,29 +17,23 @@ import mlx.core as mx
 
 from ...policies.policy import Policy
 from ...state.layout import Group, Layout
-from ...state.mixed import numbers_of
 from ...state.rows import Dense
-from ...state.state import Call, Scores, State, Step
+from ...state.state import Bound, Call, Scores, State
 from .attention import softmax
 
 
-def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool = True) -> tuple[Step, State]:
+def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool = True) -> Bound:
     """``attend`` until the next compaction, for queries [B, H * G, 1, D] and rows in float32.
 
     Args:
-        turned: bind keys dimension by dimension, once the kept rows are full. Nothing but the step may read the keys
-            of the state often then, for they are computed from what it bound when somebody does.
-
-    Returns:
-        A function of the queries and of a state in which one more token is filled; its results are
-        those of ``attention.attend``, evaluated together. And the state, with the bound keys behind its own.
+        turned: hold keys dimension by dimension, once the kept rows are full, in place of the state's own.
     """
     read = _rows_to_read(layout, state.departed)
-    bound = [_Bound.of(group, state, policy, read) for group in layout.groups]
-    if turned and read >= layout.groups[0].rows:
-        bound = [b._replace(keys=mx.contiguous(b.keys)) for b in bound]
-        state = _reading_from(bound, state)
-    rows = [tuple(b) for b in bound]
+    groups = [_Group.of(group, state, policy, read) for group in layout.groups]
+    turned = turned and read >= layout.groups[0].rows
+    if turned:
+        groups = [g._replace(keys=mx.contiguous(g.keys)) for g in groups]
+    rows = [tuple(g) for g in groups]
     sinks = None if call.sinks is None else call.sinks.astype(mx.float32).reshape(layout.heads, -1)
     most, some = layout.recent, max(1, layout.staging // 8)
     hiding, scale = _hiding(most), call.scale
@@ -56,36 +50,33 @@ def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool 
         out, kept, new = compiled(queries, rows, state.scores, recent, hidden, sinks)
         return out, Scores(kept, new)
 
-    return step, state
+    return Bound(step, tuple(g.keys for g in groups) if turned else ())
 
 
-def _reading_from(bound: "list[_Bound]", state: State) -> State:
-    """The state whose kept keys are those of the bound rows, and take memory only from when they are read."""
-    keys = mx.concatenate([b.keys.swapaxes(2, 3).flatten(1, 2) for b in bound], axis=1)
-    kept = state.kept._replace(rows=Dense(keys, numbers_of(state.kept.rows).values))
-    return state._replace(kept=kept)
-
-
-class _Bound(NamedTuple):
+class _Group(NamedTuple):
     """The kept rows of a group as a step reads them."""
 
     keys: mx.array  # [B, h, D, rows]
     values: mx.array  # [B, h, rows, Dv]
-    log_mass: mx.array  # [B, h, 1, rows], -inf where empty
+    log_mass: mx.array  # [B, h, 1, R], or of all rows as long as they are raw; -inf where empty
     spread: mx.array  # [B, h, 1, R], or nothing as long as they are raw
 
     @classmethod
-    def of(cls, group: Group, state: State, policy: Policy, read: int) -> "_Bound":
+    def of(cls, group: Group, state: State, policy: Policy, read: int) -> "_Group":
         kept = state.kept.of(group).first(min(read, group.rows))
-        spread = state.residuals.of(group).spread[:, :, None]
-        if read <= group.rows:
+        weight, spread = kept.weight[:, :, None], state.residuals.of(group).spread[:, :, None]
+        if read > group.rows:
+            weight = weight[..., : group.residual]
+        else:
             spread = spread[..., :0]
         keys, values = kept.rows.dense()  # which are numbers in float32
-        return cls(keys.swapaxes(2, 3), values, policy.log_mass(kept.weight)[:, :, None], spread)
+        return cls(keys.swapaxes(2, 3), values, policy.log_mass(weight), spread)
 
     def logits(self, queries: mx.array, scale: float, policy: Policy) -> list[mx.array]:
         """The compensated logits of ``attention.attend`` for queries [B, h, G, D], cut behind those that are lifted."""
-        logits, lifted = mx.addmm(self.log_mass, queries, self.keys, alpha=scale), self.spread.shape[-1]
+        raw, lifted = self.keys.shape[3] - self.log_mass.shape[3], self.spread.shape[3]
+        log_mass = mx.pad(self.log_mass, [(0, 0)] * 3 + [(0, raw)]) if raw else self.log_mass
+        logits = mx.addmm(log_mass, queries, self.keys, alpha=scale)
         lift = policy.lift(self.spread, queries * scale) if lifted else None
         return [logits] if lift is None else [logits[..., :lifted] + lift, logits[..., lifted:]]
 
@@ -124,7 +115,7 @@ def _compiled(
         batch, query_heads, _, dim = queries.shape
         q = queries.reshape(batch, layout.heads, -1, dim)
         outputs, on_kept, on_recent = [], [], []
-        for group, bound in zip(layout.groups, map(_Bound._make, kept), strict=True):
+        for group, bound in zip(layout.groups, map(_Group._make, kept), strict=True):
             heads = slice(group.first_head, group.stop_head)
             new = Dense(*recent).map(_part(heads, reach))
             of_group, rows = q[:, heads], bound.values.shape[2]
