@@ -331,7 +331,7 @@ def test_a_bound_step_serves_all_tokens_until_the_next_compaction():
     """What is bound must not hold the fill, the scores or the recent rows of the first token."""
     for rows in ("merged, uniform", "split", "a head without kept rows"):
         given = data(*ROWS[rows], groups=3)
-        step = kernels.bind(*given._replace(state=given.state._replace(filled=3)))
+        step = kernels.bind(*given._replace(state=given.state._replace(filled=3))).step
         later = data(*ROWS[rows], groups=3)
         state = later.state
         state = state._replace(

@@ -5,7 +5,6 @@ It judges prompts, not the tokens generated after them: in a cache of fixed size
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -128,23 +127,34 @@ class _Judge:
         The shortest are measured first, and each next one if what it takes will fit, by a line through the last two: it
         grows with the length of calls, and hardly ever faster. Measuring what does not fit might end the process.
         """
-        now, after = (self._measured(plan, load) for load in loads[:2])
-        for load, longer in pairwise(loads[1:]):
-            before, now = now, after
-            more = max(0, 2 * (now.reading - before.reading))
-            if plan.prefill == "streaming" and PIECE % longer.step and not PIECE % load.step:
-                more = max(more, now.reading)  # pieces end inside of calls from here on, which hold two of them
-            expected = replace(now, reading=now.reading + more, measured=False)
+        for shortest, load, longer in zip(loads, loads[1:], loads[2:], strict=False):
+            expected = self._expected(plan, shortest, load, longer)
+            if expected.new > room:  # on a busy machine more runs ahead than elsewhere, and is measured along
+                self._measure_again(plan, (shortest, load))
+                expected = self._expected(plan, shortest, load, longer)
             if expected.new > room:
                 return expected
-            after = self._measured(plan, longer)
-        return after
+        return self._measured(plan, loads[-1])
+
+    def _expected(self, plan: Plan, shortest: Load, load: Load, longer: Load) -> Prediction:
+        """Of ``longer``, by a line through what the two shorter ones take."""
+        before, now = self._measured(plan, shortest), self._measured(plan, load)
+        more = max(0, 2 * (now.reading - before.reading))
+        if plan.prefill == "streaming" and PIECE % longer.step and not PIECE % load.step:
+            more = max(more, now.reading)  # pieces end inside of calls from here on, which hold two of them
+        return replace(now, reading=now.reading + more, measured=False)
 
     def _measured(self, plan: Plan, load: Load) -> Prediction:
         """Each once: remedies ask again."""
         if (plan, load) not in self._known:
             self._known[plan, load] = self._said(predict, plan, load)
         return self._known[plan, load]
+
+    def _measure_again(self, plan: Plan, loads: Sequence[Load]) -> None:
+        """Know the less of two measurements of each."""
+        for load in loads:
+            known, found = self._measured(plan, load), self._said(predict, plan, load)
+            self._known[plan, load] = min(known, found, key=lambda x: x.new)
 
     def _bound(self, plan: Plan, load: Load) -> Prediction:
         return self._said(bound, plan, load)
