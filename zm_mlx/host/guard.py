@@ -127,18 +127,18 @@ class _Judge:
         The shortest are measured first, and each next one if what it takes will fit, by a line through the last two: it
         grows with the length of calls, and hardly ever faster. Measuring what does not fit might end the process.
         """
-        for shortest, load, longer in zip(loads, loads[1:], loads[2:], strict=False):
-            expected = self._expected(plan, shortest, load, longer)
+        for short, load, longer in zip(loads, loads[1:], loads[2:], strict=False):
+            expected = self._expected(plan, short, load, longer)
             if expected.new > room:  # on a busy machine more runs ahead than elsewhere, and is measured along
-                self._measure_again(plan, (shortest, load))
-                expected = self._expected(plan, shortest, load, longer)
+                self._measure_again(plan, (short, load))
+                expected = self._expected(plan, short, load, longer)
             if expected.new > room:
                 return expected
         return self._measured(plan, loads[-1])
 
-    def _expected(self, plan: Plan, shortest: Load, load: Load, longer: Load) -> Prediction:
+    def _expected(self, plan: Plan, short: Load, load: Load, longer: Load) -> Prediction:
         """Of ``longer``, by a line through what the two shorter ones take."""
-        before, now = self._measured(plan, shortest), self._measured(plan, load)
+        before, now = self._measured(plan, short), self._measured(plan, load)
         more = max(0, 2 * (now.reading - before.reading))
         if plan.prefill == "streaming" and PIECE % longer.step and not PIECE % load.step:
             more = max(more, now.reading)  # pieces end inside of calls from here on, which hold two of them

@@ -54,9 +54,14 @@ def compensated(
         spread: of the residual rows, [..., R], which are the first ones.
         queries: scaled, [..., D].
     """
-    weighed, lifted = dots + log_mass, min(spread.shape[-1], dots.shape[-1])
-    lift = policy.lift(spread[..., :lifted], queries) if lifted else None
-    return [weighed] if lift is None else [weighed[..., :lifted] + lift, weighed[..., lifted:]]
+    return lifted(dots + log_mass, spread, queries, policy)
+
+
+def lifted(logits: mx.array, spread: mx.array, queries: mx.array, policy: Policy) -> list[mx.array]:
+    """Logits with the second-order term of ``attend`` on the first rows, cut behind these; as ``compensated``."""
+    count = min(spread.shape[-1], logits.shape[-1])
+    lift = policy.lift(spread[..., :count], queries) if count else None
+    return [logits] if lift is None else [logits[..., :count] + lift, logits[..., count:]]
 
 
 def capped(dots: mx.array, cap: float | None) -> mx.array:

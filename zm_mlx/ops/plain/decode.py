@@ -19,7 +19,7 @@ from ...policies.policy import Policy
 from ...state.layout import Group, Layout
 from ...state.rows import Dense
 from ...state.state import Bound, Call, Scores, State
-from .attention import softmax
+from .attention import lifted, softmax
 
 
 def bind(call: Call, state: State, layout: Layout, policy: Policy, turned: bool = True) -> Bound:
@@ -74,11 +74,10 @@ class _Group(NamedTuple):
 
     def logits(self, queries: mx.array, scale: float, policy: Policy) -> list[mx.array]:
         """The compensated logits of ``attention.attend`` for queries [B, h, G, D], cut behind those that are lifted."""
-        raw, lifted = self.keys.shape[3] - self.log_mass.shape[3], self.spread.shape[3]
+        raw = self.keys.shape[3] - self.log_mass.shape[3]
         log_mass = mx.pad(self.log_mass, [(0, 0)] * 3 + [(0, raw)]) if raw else self.log_mass
         logits = mx.addmm(log_mass, queries, self.keys, alpha=scale)
-        lift = policy.lift(self.spread, queries * scale) if lifted else None
-        return [logits] if lift is None else [logits[..., :lifted] + lift, logits[..., lifted:]]
+        return lifted(logits, self.spread, queries * scale, policy)
 
 
 def _rows_to_read(layout: Layout, departed: int) -> int:
